@@ -1,0 +1,3 @@
+module packetcapture
+
+go 1.26
