@@ -38,7 +38,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -77,15 +76,20 @@ const (
 	maxN      = math.MaxInt32 // tcpdump reads -W with atoi into an int
 	maxFilter = 4096          // bytes; Linux takes no argument over 128 KiB
 
-	birthPoll   = 25 * time.Millisecond   // how often a new Pod's sandbox is looked for: containers start 100 ms after it
-	slowPoll    = time.Second             // how often room is looked for, a sandbox that was lost, and among old processes
-	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
-	exitGrace   = 3500 * time.Millisecond // for all captures to end when the program is told to
-	flushGrace  = time.Second             // then, for the Events about that
-	restartBase = 250 * time.Millisecond  // the first wait before tcpdump is started again
-	requestBase = 1600 * time.Millisecond // the first wait after the API server failed
-	backoffMax  = 30 * time.Second
-	repeatMax   = 5 * time.Minute // an Event that repeats is counted up for this long at most
+	birthPoll  = 25 * time.Millisecond   // how often a new Pod's sandbox is looked for: containers start 100 ms after it
+	slowPoll   = time.Second             // how often room is looked for, a sandbox that was lost, and among old processes
+	termGrace  = 2 * time.Second         // from SIGTERM to SIGKILL
+	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to
+	flushGrace = time.Second             // then, for the Events about that
+	backoffMax = 30 * time.Second
+	repeatMax  = 5 * time.Minute // an Event that repeats is counted up for this long at most
+)
+
+var (
+	restartBackoff = backoff{least: 125 * time.Millisecond, most: 250 * time.Millisecond} // of tcpdump
+	// Of requests: when an API server loses 5,000 nodes at once, it is to see fewer than 500 requests a second when it
+	// is back. A shorter first wait would bring them all in the same second.
+	requestBackoff = backoff{least: 800 * time.Millisecond, most: 25 * time.Second}
 )
 
 func main() {
@@ -114,7 +118,7 @@ func run(ctx context.Context, getenv func(string) string) error {
 	}
 	defer listener.Close()
 	slog.Info("packetcapture starts", "node", cfg.node, "api", cfg.api, "diskLimit", cfg.limit)
-	go http.Serve(listener, c.health())
+	go (&http.Server{Handler: c.health(), ReadHeaderTimeout: 5 * time.Second}).Serve(listener)
 	go c.watch.run(ctx)
 	recording, stopRecording := context.WithCancel(context.Background())
 	recorded := make(chan struct{})
@@ -201,16 +205,17 @@ func (w *podWatch) run(ctx context.Context) {
 		if err == nil || ctx.Err() != nil {
 			continue
 		}
-		wait := w.retry.next()
-		if status := new(statusError); errors.As(err, &status) {
-			w.fresh = w.fresh && status.Code != http.StatusGone
-			wait = max(wait, status.retryAfter)
-			if status.Code == http.StatusForbidden { // only a person can mend it
-				wait = backoffMax
-			}
+		w.fresh = w.fresh && !isStatus(err, http.StatusGone)
+		wait := w.retry.after(err)
+		if isStatus(err, http.StatusForbidden) { // only a person can mend it
+			wait = backoffMax
 		}
-		if w.complaint != err.Error() {
-			w.complaint = err.Error()
+		cause := err.Error()
+		if network := new(net.OpError); errors.As(err, &network) {
+			cause = network.Err.Error() // without the port, which differs each time
+		}
+		if w.complaint != cause {
+			w.complaint = cause
 			slog.Warn("the Pods can't be watched, captures go on", "error", err, "retryIn", wait)
 		}
 		select {
@@ -257,9 +262,12 @@ func (w *podWatch) list(ctx context.Context) error {
 			}
 		}
 		if page.Metadata.Continue == "" {
+			slog.Debug("listed", "annotated", len(all.pods), "resourceVersion", page.Metadata.ResourceVersion)
+			if err := w.send(ctx, all); err != nil {
+				return err
+			}
 			w.version, w.fresh = page.Metadata.ResourceVersion, true
-			slog.Debug("listed", "annotated", len(all.pods), "resourceVersion", w.version)
-			return w.send(ctx, all)
+			return nil
 		}
 		query.Del("resourceVersion") // the token has its own
 		query.Set("continue", page.Metadata.Continue)
@@ -297,32 +305,32 @@ func (w *podWatch) watch(ctx context.Context) error {
 	}
 	defer response.Body.Close()
 	slog.Debug("watching", "resourceVersion", w.version, "seconds", limit)
-	began, events := time.Now(), 0
-	for decoder := json.NewDecoder(response.Body); err == nil; events++ {
+	began, proven := time.Now(), false
+	for decoder := json.NewDecoder(response.Body); err == nil; {
 		var e watchEvent
 		if err = decoder.Decode(&e); err == nil {
 			err = w.heed(ctx, e)
+			proven = proven || err == nil
 		}
 	}
 	// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
-	if proven := events > 1 || time.Since(began) >= time.Second; proven {
+	if proven = proven || time.Since(began) >= time.Second; proven {
 		w.retry.reset()
-		if err == io.EOF {
-			return nil
-		}
 	}
-	return err
+	switch {
+	case err != io.EOF:
+		return err
+	case !proven:
+		return errors.New("it ended within a second without an event")
+	}
+	return nil
 }
 
 // heed sends an event on and keeps its resourceVersion. ERROR has none; a bookmark has nothing else.
 func (w *podWatch) heed(ctx context.Context, e watchEvent) error {
+	o := &e.Object
 	if e.Type == "ERROR" {
-		status := new(statusError)
-		return cmp.Or[error](json.Unmarshal(e.Object, status), status)
-	}
-	var o object
-	if err := json.Unmarshal(e.Object, &o); err != nil {
-		return err
+		return &statusError{Code: o.Code, Message: o.Message}
 	}
 	version := o.Metadata.ResourceVersion
 	if version == "" {
@@ -357,6 +365,8 @@ type (
 			Namespace, Name, UID, ResourceVersion string
 			Annotations                           map[string]string
 		}
+		Code    int // of a Status, the object of ERROR
+		Message string
 	}
 	podList struct {
 		Metadata struct{ ResourceVersion, Continue string }
@@ -364,13 +374,14 @@ type (
 	}
 	watchEvent struct {
 		Type   string
-		Object json.RawMessage
+		Object object
 	}
 )
 
 func (o *object) pod() pod {
 	m := &o.Metadata
 	value, annotated := m.Annotations[annotation]
+	annotated = annotated && m.UID != "" && !strings.Contains(m.Name, "/") // these become paths
 	return pod{
 		namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: cmp.Or(m.Annotations[hashAnnotation], m.UID),
 		annotated: annotated, value: value, filter: m.Annotations[filterAnnotation],
@@ -405,6 +416,7 @@ type capture struct {
 	onHost  bool      // it captures the host's network
 	output  *output   // what the last child said
 	started bool      // tcpdump has captured into these files
+	full    bool      // it stopped because the disk is full
 	killAt  time.Time // when SIGKILL follows the SIGTERM that was sent; zero: none was
 	failure string    // why the last child ended, until that is told
 	retry   backoff
@@ -450,7 +462,7 @@ func newController(cfg config) (*controller, error) {
 	changes := make(chan change, 1024) // so that the watch never waits for a start or a stop
 	return &controller{
 		config:    cfg,
-		watch:     &podWatch{kube: k, node: cfg.node, changes: changes, version: "0", retry: backoff{base: requestBase}},
+		watch:     &podWatch{kube: k, node: cfg.node, changes: changes, version: "0", retry: requestBackoff},
 		recorder:  newRecorder(k, cfg.node),
 		sandboxes: sandboxes, captures: map[string]*capture{},
 		changes: changes, inbox: make(chan func()), over: make(chan struct{}),
@@ -526,7 +538,7 @@ func (c *controller) apply(ch change) {
 func (c *controller) ask(by pod) {
 	p := c.captures[by.uid]
 	if p == nil {
-		p = &capture{retry: backoff{base: restartBase}}
+		p = &capture{retry: restartBackoff}
 		c.captures[by.uid] = p
 	}
 	p.pod = by
@@ -580,12 +592,19 @@ func (c *controller) reconcile(now time.Time) (next time.Time) {
 	if waiting := c.admit(now); waiting {
 		next = now.Add(slowPoll)
 	}
-	c.launch(now)
+	full := freeBytes(c.root) < fileBytes
+	c.launch(now, full)
 	for _, p := range c.captures {
-		if !p.killAt.IsZero() {
+		switch {
+		case !p.killAt.IsZero():
 			next = earlier(next, p.killAt)
-		} else if p.isLooking() {
+		case p.isLooking():
 			next = earlier(next, p.due)
+		case p.cmd != nil: // for the disk
+			next = earlier(next, now.Add(slowPoll))
+		}
+		if full && p.cmd != nil && !p.full {
+			c.halt(p)
 		}
 	}
 	if !c.ending.IsZero() {
@@ -608,6 +627,14 @@ func (c *controller) stop(p *capture, now time.Time) {
 	p.killAt = now.Add(termGrace)
 }
 
+// halt stops a capture while the disk is full, of which tcpdump says nothing: it writes on, and exits with 0.
+func (c *controller) halt(p *capture) {
+	p.full = true
+	c.tell(p, "Warning", "CaptureFailed", "The disk is full: the capture stops, the last packets of its files may be cut; it "+
+		"is started again, at the first file, when there is room")
+	c.signal(p.cmd, syscall.SIGTERM) // its exit is taken for one of its own
+}
+
 // clear deletes the files of a capture that has no child, and gives its room back.
 func (c *controller) clear(p *capture) {
 	if p.have == (request{}) {
@@ -620,7 +647,7 @@ func (c *controller) clear(p *capture) {
 	if p.started {
 		c.tell(p, "Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", p.output.counts(), bytes)
 	}
-	p.have, p.stem, p.output, p.started, p.failure = request{}, "", nil, false, ""
+	p.have, p.stem, p.output, p.started, p.full, p.failure = request{}, "", nil, false, false, ""
 }
 
 // admit gives room and a name to the captures that wait for it, in the order in which they were asked for, so that
@@ -684,8 +711,9 @@ func (p *capture) isLooking() bool {
 	return p.have != (request{}) && p.have == p.want && p.killAt.IsZero() && (p.cmd == nil || p.onHost)
 }
 
-// launch looks for the sandboxes that are due, all in one look at /proc, and starts tcpdump in them.
-func (c *controller) launch(now time.Time) {
+// launch looks for the sandboxes that are due, all in one look at /proc, and starts tcpdump in them unless the disk is
+// full.
+func (c *controller) launch(now time.Time, full bool) {
 	var due []*capture
 	wanted := map[string]bool{}
 	for _, p := range c.captures {
@@ -702,7 +730,7 @@ func (c *controller) launch(now time.Time) {
 		p.due = now.Add(slowPoll)
 		b := found[p.kubeletUID]
 		switch {
-		case b != nil && p.cmd == nil:
+		case b != nil && p.cmd == nil && !full:
 			c.run(p, b, now)
 		case b == nil && p.cmd != nil: // the last process of a Pod in the host's network has ended
 			c.signal(p.cmd, syscall.SIGTERM)
@@ -723,11 +751,11 @@ func (c *controller) launch(now time.Time) {
 
 // run starts tcpdump in a sandbox, whose file the caller closes.
 func (c *controller) run(p *capture, b *sandbox, now time.Time) {
-	if p.failure != "" {
+	if p.failure != "" && !p.full {
 		c.tell(p, "Warning", "CaptureFailed", "tcpdump ended by itself (%s) and is started again, at the first file: the "+
 			"packets in that one are lost", p.failure)
-		p.failure = ""
 	}
+	p.failure, p.full = "", false
 	p.onHost = b.isHost
 	cmd := exec.Command("nsenter", p.arguments()...)
 	cmd.ExtraFiles = []*os.File{b.network} // descriptor 3 there
@@ -795,7 +823,10 @@ func (c *controller) exited(p *capture, cmd *exec.Cmd, err error) {
 		c.clear(p)
 		return
 	}
-	p.failure = cmp.Or(p.output.complaint(), fmt.Sprint(err))
+	p.failure = p.output.complaint()
+	if p.failure == "" {
+		p.failure = fmt.Sprint(cmp.Or(err, errors.New("exit status 0")))
+	}
 	if p.have.filter != "" && p.output.refusesFilter(p.stem) {
 		c.tell(p, "Warning", "CaptureFailed", "tcpdump refuses the filter %s (%s): nothing is tried until the "+
 			"annotation changes", quote(p.have.filter), p.failure)
@@ -851,7 +882,7 @@ func (o *output) Write(text []byte) (int, error) {
 func (o *output) complaint() (last string) {
 	for line := range strings.Lines(string(o.text)) {
 		named := strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")
-		if named && !strings.Contains(line, "listening on ") {
+		if named && !strings.Contains(line, "listening on ") && !strings.Contains(line, "data link type ") {
 			last = strings.TrimSpace(line)
 		}
 	}
@@ -888,10 +919,10 @@ func (o *output) counts() string {
 // sandboxes finds the network namespaces of Pods by the host's processes, with any runtime.
 type sandboxes struct {
 	proc              string
-	hostNet, hostRoot os.FileInfo     // of the host's first process
-	swept             time.Time       // when every process was looked at last
-	newest            int             // the PID that was given out last before
-	missing           map[string]bool // the Pods that were looked for then and had no process
+	hostNet, hostRoot os.FileInfo             // of the host's first process
+	pids              map[string]map[int]bool // the processes of each Pod, by the UID in the names of their cgroups
+	swept             time.Time               // when every process was looked at last
+	newest            int                     // the PID that was given out last before that
 }
 
 // sandbox is a Pod's network namespace.
@@ -910,31 +941,41 @@ func newSandboxes(proc string) (*sandboxes, error) {
 	return &sandboxes{proc: proc, hostNet: hostNet, hostRoot: hostRoot}, err
 }
 
-// find returns the sandboxes that the wanted Pods have, by the UIDs in the names of their cgroups; the caller closes
-// their files. The process that holds a sandbox is the first that started: containers come later, and may have
-// network namespaces of their own within.
+// find returns the sandboxes of the Pods that have one; the caller closes their files.
 func (s *sandboxes) find(wanted map[string]bool, now time.Time) map[string]*sandbox {
-	found := map[string]*sandbox{}
-	for _, pid := range s.candidates(wanted, now) {
-		dir := s.proc + "/" + strconv.Itoa(pid)
-		uid := podOf(readFile(dir+"/cgroup"), wanted)
-		if uid == "" {
-			continue
+	found, scanned := map[string]*sandbox{}, false
+	for uid := range wanted {
+		b := s.oldest(uid)
+		if b == nil && !scanned {
+			s.scan(now)
+			scanned = true
+			b = s.oldest(uid)
 		}
+		if b != nil {
+			found[uid] = b
+		}
+	}
+	return found
+}
+
+// oldest opens a Pod's sandbox. The process that holds it is the first that started: containers come later, and may
+// have network namespaces of their own within.
+func (s *sandboxes) oldest(uid string) (first *sandbox) {
+	for pid := range s.pids[uid] {
+		dir := s.proc + "/" + strconv.Itoa(pid)
 		b := s.open(dir)
 		if b == nil {
 			continue
 		}
-		// Its PID may have gone to another process by now, which must never be captured: look again.
-		if podOf(readFile(dir+"/cgroup"), wanted) == uid && (found[uid] == nil || b.born < found[uid].born) {
-			found[uid], b = b, found[uid]
-			delete(s.missing, uid)
+		// The PID may have gone to another process, before or just now, which must never be captured: look again.
+		if inPod(readFile(dir+"/cgroup"), uid) && (first == nil || b.born < first.born) {
+			first, b = b, first
 		}
 		if b != nil {
 			b.network.Close()
 		}
 	}
-	return found
+	return first
 }
 
 // open opens the network namespace of a process. It returns nil when the process has ended, and when it is the
@@ -961,48 +1002,51 @@ func (s *sandboxes) open(dir string) *sandbox {
 	return b
 }
 
-// candidates are the PIDs to look at. For a Pod that was not looked for before they are all. From then on its first
-// process can only be a newer one, so that waiting for a Pod costs next to nothing; now and then they are all the same.
-func (s *sandboxes) candidates(wanted map[string]bool, now time.Time) (pids []int) {
+// scan takes note of the processes of all Pods: now and then of every one, and in between of those that are new. So
+// waiting for a Pod's first process costs next to nothing.
+func (s *sandboxes) scan(now time.Time) {
 	loadavg := readFile(s.proc + "/loadavg") // its last field is the PID that was given out last
 	newest, _ := strconv.Atoi(strings.TrimSpace(loadavg[strings.LastIndex(loadavg, " ")+1:]))
-	isKnown := now.Sub(s.swept) < slowPoll && newest >= s.newest && newest-s.newest < 1000
-	for uid := range wanted {
-		isKnown = isKnown && s.missing[uid]
-	}
-	if isKnown {
-		for pid := s.newest + 1; pid <= newest; pid++ {
-			pids = append(pids, pid)
+	if now.Sub(s.swept) < slowPoll && newest >= s.newest && newest-s.newest < 1000 {
+		for pid := s.newest + 1; pid <= newest; pid++ { // again each time: it may have entered its cgroup by now
+			s.note(pid)
 		}
-		return pids
+		return
 	}
-	s.swept, s.newest, s.missing = now, newest, maps.Clone(wanted)
+	s.pids, s.swept, s.newest = map[string]map[int]bool{}, now, newest
 	if dir, err := os.Open(s.proc); err == nil {
 		defer dir.Close()
 		names, _ := dir.Readdirnames(-1)
 		for _, name := range names {
 			if pid, err := strconv.Atoi(name); err == nil {
-				pids = append(pids, pid)
+				s.note(pid)
 			}
 		}
 	}
-	return pids
 }
 
-// podOf returns the wanted Pod's UID that a /proc/<pid>/cgroup names, "" if none: cgroupfs has a folder pod<UID>,
-// systemd one kubepods-burstable-pod<UID with _ for ->.slice.
-func podOf(cgroup string, wanted map[string]bool) string {
+// note takes note of the Pods that a process's cgroup names: cgroupfs has a folder pod<UID>, systemd one
+// kubepods-burstable-pod<UID with _ for ->.slice. On a node that is itself a Pod's container there are two.
+func (s *sandboxes) note(pid int) {
+	cgroup := readFile(s.proc + "/" + strconv.Itoa(pid) + "/cgroup")
 	for folder := range strings.FieldsFuncSeq(cgroup, func(r rune) bool { return r == '/' || r == '\n' }) {
 		uid, ok := strings.CutPrefix(folder, "pod")
 		if slice, isSlice := strings.CutSuffix(folder, ".slice"); isSlice {
-			_, uid, ok = strings.Cut(slice, "-pod")
-			uid = strings.ReplaceAll(uid, "_", "-")
+			at := strings.LastIndex(slice, "-pod") + 1
+			uid, ok = strings.CutPrefix(strings.ReplaceAll(slice[at:], "_", "-"), "pod")
 		}
-		if ok && wanted[uid] {
-			return uid
+		if ok && s.pids[uid] == nil {
+			s.pids[uid] = map[int]bool{}
+		}
+		if ok {
+			s.pids[uid][pid] = true
 		}
 	}
-	return ""
+}
+
+// inPod reports whether a cgroup is a Pod's.
+func inPod(cgroup, uid string) bool {
+	return strings.Contains(strings.ReplaceAll(cgroup, "_", "-"), "pod"+uid)
 }
 
 // startTime is field 22 of a /proc/<pid>/stat. Field 2, the command, may hold anything and ends at the last ")".
@@ -1040,6 +1084,7 @@ type tally struct {
 	count       int       // how often since it was posted
 	posted      int       // how often it was posted
 	due         time.Time // when it may be posted
+	retry       backoff
 }
 
 // recorder posts Events. One that repeats is counted up before it is posted again, for longer each time; one that
@@ -1049,13 +1094,10 @@ type recorder struct {
 	node    string
 	news    chan event
 	tallies map[event]*tally
-	retry   backoff
-	pause   time.Time // nothing is posted before
 }
 
 func newRecorder(k *kube, node string) *recorder {
-	return &recorder{kube: k, node: node, news: make(chan event, 1024), tallies: map[event]*tally{},
-		retry: backoff{base: requestBase}}
+	return &recorder{kube: k, node: node, news: make(chan event, 1024), tallies: map[event]*tally{}}
 }
 
 // run posts until ctx ends, and then what is left, for flushGrace.
@@ -1087,7 +1129,7 @@ func (r *recorder) run(ctx context.Context) {
 func (r *recorder) count(e event, now time.Time) {
 	t := r.tallies[e]
 	if t == nil {
-		t = &tally{due: now}
+		t = &tally{due: now, retry: requestBackoff}
 		r.tallies[e] = t
 	}
 	if t.count == 0 {
@@ -1106,9 +1148,6 @@ func (r *recorder) next(now time.Time) (next *event, due time.Time) {
 		} else if t.count == 0 && now.Sub(t.last) > 2*repeatMax {
 			delete(r.tallies, e)
 		}
-	}
-	if due.Before(r.pause) {
-		due = r.pause
 	}
 	return next, due
 }
@@ -1132,12 +1171,12 @@ func (r *recorder) post(ctx context.Context, e event) {
 	if err == nil {
 		response.Body.Close()
 	} else if !isStatus(err, 400, 403, 404, 409, 413, 422) {
-		r.pause = time.Now().Add(r.retry.next())
+		t.due = time.Now().Add(t.retry.after(err))
 		return
 	} else {
 		slog.Warn("an Event is refused", "namespace", e.namespace, "pod", e.name, "error", err)
 	}
-	r.retry.reset()
+	t.retry.reset()
 	t.count, t.due = 0, time.Now().Add(min(time.Second<<t.posted, repeatMax))
 	t.posted = min(t.posted+1, 10)
 }
@@ -1148,6 +1187,7 @@ func (r *recorder) post(ctx context.Context, e event) {
 type kube struct {
 	api, account string
 	roots        atomic.Pointer[x509.CertPool] // of the last CA bundle that could be read
+	complained   atomic.Bool                   // that it can't be read now
 	http         http.Client                   // no Timeout: it would end watches
 }
 
@@ -1193,7 +1233,8 @@ func (k *kube) loadCA() error {
 
 // dial reads the CA bundle again for each connection, since it may be replaced; an unreadable one keeps the last.
 func (k *kube) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	if err := k.loadCA(); err != nil {
+	err := k.loadCA()
+	if complained := k.complained.Swap(err != nil); err != nil && !complained {
 		slog.Warn("the last CA bundle stays", "error", err)
 	}
 	dialer := tls.Dialer{
@@ -1269,17 +1310,29 @@ func (c *controller) health() http.Handler {
 	return mux
 }
 
-// backoff waits twice as long after each failure, up to backoffMax.
+// backoff says how long to wait after a failure: at first from least to most, then twice as long each time.
 type backoff struct {
-	base     time.Duration
-	failures int
+	least, most time.Duration
+	failures    int
 }
 
-// next is from half the wait to all of it, so that nodes do not act in step.
+// next is never the same, so that nodes do not act in step.
 func (b *backoff) next() time.Duration {
-	wait := min(b.base<<b.failures, backoffMax)
+	least, most := b.least, min(b.most<<b.failures, backoffMax)
+	if b.failures > 0 {
+		least = most / 2
+	}
 	b.failures = min(b.failures+1, 10)
-	return wait/2 + rand.N(wait/2)
+	return least + rand.N(most-least)
+}
+
+// after is next, and what the API server asks for on top: it asks all nodes for the same.
+func (b *backoff) after(err error) time.Duration {
+	var status *statusError
+	if errors.As(err, &status) {
+		return status.retryAfter + b.next()
+	}
+	return b.next()
 }
 
 func (b *backoff) reset() { b.failures = 0 }
@@ -1314,13 +1367,20 @@ func freeBytes(folder string) int64 {
 	if err := syscall.Statfs(folder, &stat); err != nil {
 		return math.MaxInt64
 	}
-	return int64(stat.Bavail) * stat.Bsize
+	return int64(stat.Bavail) * int64(stat.Bsize)
 }
 
-// readFile is a file of /proc as text, "" when its process has ended.
+// readFile is a file of /proc as text, "" when its process has ended. It is read at once, with three system calls:
+// thousands are, before a capture starts.
 func readFile(path string) string {
-	text, _ := os.ReadFile(path)
-	return string(text)
+	file, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer syscall.Close(file)
+	var text [8192]byte
+	n, _ := syscall.Read(file, text[:])
+	return string(text[:max(n, 0)])
 }
 
 func earlier(a, b time.Time) time.Time {
