@@ -419,6 +419,7 @@ type capture struct {
 	full    bool      // it stopped because the disk is full
 	killAt  time.Time // when SIGKILL follows the SIGTERM that was sent; zero: none was
 	failure string    // why the last child ended, until that is told
+	said    string    // the last line of the log about it
 	retry   backoff
 }
 
@@ -752,8 +753,11 @@ func (c *controller) launch(now time.Time, full bool) {
 // run starts tcpdump in a sandbox, whose file the caller closes.
 func (c *controller) run(p *capture, b *sandbox, now time.Time) {
 	if p.failure != "" && !p.full {
-		c.tell(p, "Warning", "CaptureFailed", "tcpdump ended by itself (%s) and is started again, at the first file: the "+
-			"packets in that one are lost", p.failure)
+		what := "tcpdump ended by itself (%s) and is started again"
+		if p.started {
+			what += ", at the first file: the packets in that one are lost"
+		}
+		c.tell(p, "Warning", "CaptureFailed", what, p.failure)
 	}
 	p.failure, p.full = "", false
 	p.onHost = b.isHost
@@ -1068,7 +1072,10 @@ func (c *controller) tell(p *capture, kind, reason, format string, arguments ...
 	if kind == "Warning" {
 		level = slog.LevelWarn
 	}
-	slog.Log(context.Background(), level, reason, append(p.log(), "message", e.message)...)
+	if p.said != e.message { // while it stays the same, it is in the log once
+		p.said = e.message
+		slog.Log(context.Background(), level, reason, append(p.log(), "message", e.message)...)
+	}
 	select {
 	case c.recorder.news <- e:
 	default: // it never delays a capture
