@@ -416,8 +416,9 @@ type capture struct {
 	onHost  bool      // it captures the host's network
 	output  *output   // what the last child said
 	started bool      // tcpdump has captured into these files
-	full    bool      // it stopped because the disk is full
 	killAt  time.Time // when SIGKILL follows the SIGTERM that was sent; zero: none was
+	keep    bool      // its files stay when it has been stopped
+	full    bool      // it was, because the disk is full
 	failure string    // why the last child ended, until that is told
 	said    string    // the last line of the log about it
 	retry   backoff
@@ -527,7 +528,8 @@ func (c *controller) apply(ch change) {
 	for uid, p := range c.captures {
 		about := ch.kind == "LISTED" // or of this Pod, or of one that was recreated under its name
 		for _, other := range ch.pods {
-			about = about || other.name == p.name && other.namespace == p.namespace
+			isName := other.name == p.name && other.namespace == p.namespace
+			about = about || other.uid == uid || isName && ch.kind != "DELETED"
 		}
 		if about && !stays[uid] {
 			p.release()
@@ -593,7 +595,8 @@ func (c *controller) reconcile(now time.Time) (next time.Time) {
 	if waiting := c.admit(now); waiting {
 		next = now.Add(slowPoll)
 	}
-	full := freeBytes(c.root) < fileBytes
+	free := freeBytes(c.root)
+	full := free < fileBytes && free < c.unwritten()
 	c.launch(now, full)
 	for _, p := range c.captures {
 		switch {
@@ -604,8 +607,12 @@ func (c *controller) reconcile(now time.Time) (next time.Time) {
 		case p.cmd != nil: // for the disk
 			next = earlier(next, now.Add(slowPoll))
 		}
-		if full && p.cmd != nil && !p.full {
-			c.halt(p)
+		if full && p.cmd != nil && p.killAt.IsZero() {
+			c.tell(p, "Warning", "CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may "+
+				"be cut; it is started again, at the first file, when there is room")
+			p.full, p.keep = true, true
+			c.stop(p, now)
+			next = earlier(next, p.killAt)
 		}
 	}
 	if !c.ending.IsZero() {
@@ -626,14 +633,6 @@ func (c *controller) stop(p *capture, now time.Time) {
 		return
 	}
 	p.killAt = now.Add(termGrace)
-}
-
-// halt stops a capture while the disk is full, of which tcpdump says nothing: it writes on, and exits with 0.
-func (c *controller) halt(p *capture) {
-	p.full = true
-	c.tell(p, "Warning", "CaptureFailed", "The disk is full: the capture stops, the last packets of its files may be cut; it "+
-		"is started again, at the first file, when there is room")
-	c.signal(p.cmd, syscall.SIGTERM) // its exit is taken for one of its own
 }
 
 // clear deletes the files of a capture that has no child, and gives its room back.
@@ -666,8 +665,8 @@ func (c *controller) admit(now time.Time) (waiting bool) {
 		return false
 	}
 	slices.SortFunc(queue, func(a, b *capture) int { return cmp.Compare(a.asked, b.asked) })
-	_, written := findFiles(c.root, isCapture)
-	room := min(c.limit-taken, freeBytes(c.root)-(taken-written))
+	room := min(c.limit-taken, freeBytes(c.root)-c.unwritten())
+	most := room + taken // when all others are gone
 	for _, p := range queue {
 		stem, free := c.stemFor(p)
 		need := p.want.bytes()
@@ -682,11 +681,20 @@ func (c *controller) admit(now time.Time) (waiting bool) {
 			c.tell(p, "Warning", "CaptureWaiting", "Waiting for room: %d files can take %d bytes, and %d are free of what "+
 				"the captures of this node may take; it starts by itself when there is room", p.want.n, need, max(room, 0))
 		}
-		if need > room && need <= c.limit { // those behind it wait too; one that never fits is passed
+		if need > room && need <= most { // those behind it wait too; one that never fits is passed
 			room = 0
 		}
 	}
 	return waiting
+}
+
+// unwritten is how many bytes the captures may still write into the room that they have.
+func (c *controller) unwritten() (bytes int64) {
+	for _, p := range c.captures {
+		bytes += p.have.bytes()
+	}
+	_, written := findFiles(c.root, isCapture)
+	return bytes - written
 }
 
 // stemFor is the path of a capture's files without the digits, and whether no capture has it. A name that a Pod of
@@ -734,7 +742,8 @@ func (c *controller) launch(now time.Time, full bool) {
 		case b != nil && p.cmd == nil && !full:
 			c.run(p, b, now)
 		case b == nil && p.cmd != nil: // the last process of a Pod in the host's network has ended
-			c.signal(p.cmd, syscall.SIGTERM)
+			p.keep = true
+			c.stop(p, now)
 		case b == nil && p.failure != "":
 			p.failure = ""
 			c.tell(p, "Normal", "CaptureStopped", "Stopped: %s; the Pod's network is gone, the files stay until the "+
@@ -822,8 +831,9 @@ func (c *controller) exited(p *capture, cmd *exec.Cmd, err error) {
 		return
 	}
 	p.cmd = nil
-	if !p.killAt.IsZero() { // it was told to: nothing goes on with these files
-		p.killAt = time.Time{}
+	stopped := !p.killAt.IsZero() && !p.keep
+	p.killAt, p.keep = time.Time{}, false
+	if stopped {
 		c.clear(p)
 		return
 	}
@@ -927,6 +937,7 @@ type sandboxes struct {
 	pids              map[string]map[int]bool // the processes of each Pod, by the UID in the names of their cgroups
 	swept             time.Time               // when every process was looked at last
 	newest            int                     // the PID that was given out last before that
+	since             int                     // what is newer than this PID may be new
 }
 
 // sandbox is a Pod's network namespace.
@@ -1011,11 +1022,15 @@ func (s *sandboxes) open(dir string) *sandbox {
 func (s *sandboxes) scan(now time.Time) {
 	loadavg := readFile(s.proc + "/loadavg") // its last field is the PID that was given out last
 	newest, _ := strconv.Atoi(strings.TrimSpace(loadavg[strings.LastIndex(loadavg, " ")+1:]))
-	if now.Sub(s.swept) < slowPoll && newest >= s.newest && newest-s.newest < 1000 {
-		for pid := s.newest + 1; pid <= newest; pid++ { // again each time: it may have entered its cgroup by now
+	if now.Sub(s.swept) < slowPoll && newest >= s.newest && newest-s.since < 1000 {
+		for pid := s.since + 1; pid <= newest; pid++ { // again each time: it may have entered its cgroup by now
 			s.note(pid)
 		}
 		return
+	}
+	s.since = newest
+	if s.newest <= newest && newest-s.newest < 500 { // from the look before, for the same reason
+		s.since = s.newest
 	}
 	s.pids, s.swept, s.newest = map[string]map[int]bool{}, now, newest
 	if dir, err := os.Open(s.proc); err == nil {
@@ -1091,7 +1106,6 @@ type tally struct {
 	count       int       // how often since it was posted
 	posted      int       // how often it was posted
 	due         time.Time // when it may be posted
-	retry       backoff
 }
 
 // recorder posts Events. One that repeats is counted up before it is posted again, for longer each time; one that
@@ -1101,10 +1115,12 @@ type recorder struct {
 	node    string
 	news    chan event
 	tallies map[event]*tally
+	retry   backoff
+	pause   time.Time // nothing is posted before
 }
 
 func newRecorder(k *kube, node string) *recorder {
-	return &recorder{kube: k, node: node, news: make(chan event, 1024), tallies: map[event]*tally{}}
+	return &recorder{kube: k, node: node, news: make(chan event, 1024), tallies: map[event]*tally{}, retry: requestBackoff}
 }
 
 // run posts until ctx ends, and then what is left, for flushGrace.
@@ -1136,7 +1152,7 @@ func (r *recorder) run(ctx context.Context) {
 func (r *recorder) count(e event, now time.Time) {
 	t := r.tallies[e]
 	if t == nil {
-		t = &tally{due: now, retry: requestBackoff}
+		t = &tally{due: now}
 		r.tallies[e] = t
 	}
 	if t.count == 0 {
@@ -1155,6 +1171,9 @@ func (r *recorder) next(now time.Time) (next *event, due time.Time) {
 		} else if t.count == 0 && now.Sub(t.last) > 2*repeatMax {
 			delete(r.tallies, e)
 		}
+	}
+	if due.Before(r.pause) {
+		due = r.pause
 	}
 	return next, due
 }
@@ -1178,12 +1197,13 @@ func (r *recorder) post(ctx context.Context, e event) {
 	if err == nil {
 		response.Body.Close()
 	} else if !isStatus(err, 400, 403, 404, 409, 413, 422) {
-		t.due = time.Now().Add(t.retry.after(err))
+		r.pause = time.Now().Add(r.retry.after(err))
+		t.due = r.pause // the others come first: it may be this one alone
 		return
 	} else {
 		slog.Warn("an Event is refused", "namespace", e.namespace, "pod", e.name, "error", err)
 	}
-	t.retry.reset()
+	r.retry.reset()
 	t.count, t.due = 0, time.Now().Add(min(time.Second<<t.posted, repeatMax))
 	t.posted = min(t.posted+1, 10)
 }
@@ -1275,7 +1295,7 @@ func (k *kube) do(ctx context.Context, method, path, accept string, body []byte)
 	json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(status)
 	status.Code = response.StatusCode
 	seconds, _ := strconv.Atoi(response.Header.Get("Retry-After"))
-	status.retryAfter = time.Duration(seconds) * time.Second
+	status.retryAfter = time.Duration(max(seconds, 0)) * time.Second
 	return nil, status
 }
 
