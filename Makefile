@@ -6,6 +6,8 @@ KIND_IMAGE ?=
 CNI ?= antrea
 ANTREA_VERSION ?= 2.5.2
 IMAGE ?= packetcapture:dev
+# Of `make soak`.
+STEPS ?= 100000
 # More flags for `go test`, like -v.
 TESTFLAGS ?=
 
@@ -19,7 +21,7 @@ KIND := $(or $(shell command -v kind 2>/dev/null),go run sigs.k8s.io/kind@v0.33.
 HELM := $(or $(shell command -v helm 2>/dev/null),go run helm.sh/helm/v3/cmd/helm@v3.20.2)
 KUBECTL := kubectl --context kind-$(CLUSTER)
 
-.PHONY: help build test image kind-up deploy verify e2e undeploy kind-down
+.PHONY: help build test image kind-up deploy verify soak bench e2e measure undeploy kind-down
 
 help: ## Show this
 	@echo 'make kind-up deploy verify   the whole job on a new kind cluster'
@@ -71,9 +73,21 @@ deploy: image ## Build the image, load it into the nodes, and roll it out
 verify: ## Capture a test Pod on the cluster, check everything about it, and write outputs/
 	CLUSTER='$(CLUSTER)' IMAGE='$(IMAGE)' test/verify.sh
 
+# In fake time: hours of faults take minutes. STEPS of a random walk, in walks of 400 with a seed each.
+soak: ## The property test for STEPS steps, and the simulation of 5,000 nodes
+	go test -run TestSoak -soak.steps=$(STEPS) -count=1 -timeout 60m .
+	go test -run TestHerd -count=1 -v .
+
+bench: ## Benchmarks, ready for benchstat
+	go test -run '^$$' -bench . -benchmem -count=6 .
+
 # It restarts the worker's container and the API server, so it is for a cluster made for it.
 e2e: ## Break what can break on the cluster, and count from outside what is left
 	CLUSTER='$(CLUSTER)' IMAGE='$(IMAGE)' go test -tags e2e -run TestE2E -v -count=1 -timeout 30m .
+
+# As root on the machine whose Docker runs the nodes. It makes 90 Pods.
+measure: ## Measure start, stop, CPU and memory on the cluster, beside what nothing can beat
+	CLUSTER='$(CLUSTER)' IMAGE='$(IMAGE)' go test -tags e2e -run TestMeasure -v -count=1 -timeout 30m .
 
 undeploy: ## Remove what deploy has applied, and with it all captures
 	$(KUBECTL) delete --ignore-not-found -f daemonset.yaml -f rbac.yaml

@@ -45,6 +45,7 @@ type fakeAPI struct {
 	pageSize      int           // Pods in a page of a list; 0: all
 	bookmarkEvery time.Duration // for each watch; 0: only when told to
 	endless       bool          // watches ignore their timeoutSeconds
+	most          int           // requests; one more fails the test and is not answered; 0: no bound
 
 	mu        sync.Mutex
 	token     string // the one that is accepted
@@ -324,8 +325,13 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.requests = append(f.requests, fakeRequest{time.Now(), verb, r.Header.Get("Accept"), r.URL.Query(), r.ProtoMajor})
 	met, isMet := f.nextFault(verb)
 	isKnown := r.Header.Get("Authorization") == "Bearer "+f.token
-	frozen := f.frozen
+	frozen, isStorm := f.frozen, f.most > 0 && len(f.requests) > f.most
 	f.mu.Unlock()
+	if isStorm {
+		f.t.Errorf("more than %d requests", f.most)
+		<-r.Context().Done()
+		return
+	}
 	if frozen != nil {
 		select {
 		case <-frozen:

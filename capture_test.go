@@ -244,6 +244,29 @@ func TestHostNetwork(t *testing.T) {
 	}
 }
 
+// C5: a capture that is stopped because its Pod has ended, and is changed or removed meanwhile, keeps no files.
+func TestRemovedWhileItsPodEnds(t *testing.T) {
+	for _, value := range []string{"", "2"} {
+		simulate(t, 0, func(w *world) {
+			w.kids.behave(behaviour{shutdown: time.Second})
+			w.proc.add(process{50, cgroupOf(uidA), host, "pod", 500})
+			w.send("LISTED", podNamed("web", uidA, "3"))
+			w.proc.end(50)
+			w.pass(slowPoll)
+			if got := w.kids.signals(); len(got) != 1 {
+				t.Fatalf("signals %q", got)
+			}
+			p := podNamed("web", uidA, value)
+			p.annotated = value != ""
+			w.send("MODIFIED", p)
+			w.runs("capture-web.pcap 3")
+			w.pass(time.Second)
+			w.runs()
+			w.told("Warning CaptureStarted", "Normal CaptureStopped: its files (300 bytes) are deleted")
+		})
+	}
+}
+
 // C4: the files have the names that tcpdump gives them.
 func TestFileNames(t *testing.T) {
 	for n, want := range map[int]string{

@@ -150,8 +150,8 @@ func (c *cluster) delete(names ...string) {
 	c.kubectl(append([]string{"-n", c.space, "delete", "pod", "--wait=true"}, names...)...)
 }
 
-// node is what runs and lies on a node, counted from outside of the program.
-type node struct {
+// census is what runs and lies on a node, counted from outside of the program.
+type census struct {
 	tcpdumps map[string]string // "-W N -w /capture-x.pcap" → PID
 	doubles  int               // tcpdumps beyond the first of a file
 	files    []string          // the names of all capture files
@@ -160,8 +160,8 @@ type node struct {
 var commandLine = regexp.MustCompile(`^(\d+) .*?tcpdump -C 1 -W (\d+) -w (\S+\.pcap) `)
 
 // look counts on a node. The program's root is reached through /proc, since it is no file system of the node.
-func (c *cluster) look(name string) (node, error) {
-	n := node{tcpdumps: map[string]string{}}
+func (c *cluster) look(name string) (census, error) {
+	n := census{tcpdumps: map[string]string{}}
 	out, err := c.onNode(name, `
 		for p in /proc/[0-9]*; do
 			read -r comm <$p/comm || continue
@@ -191,7 +191,7 @@ func (c *cluster) look(name string) (node, error) {
 
 // wrong says what differs from what is wanted: captures are "N stem" that run, kept are stems whose files stay
 // without a tcpdump. Every capture must have its first file, and no file may belong to anything else.
-func (n node) wrong(captures, kept []string) string {
+func (n census) wrong(captures, kept []string) string {
 	if n.doubles > 0 {
 		return fmt.Sprintf("%d tcpdumps write where another does", n.doubles)
 	}
@@ -292,6 +292,16 @@ func (c *cluster) event(pod, reason string) string {
 			c.t.Fatalf("no Event %s of %s", reason, pod)
 		}
 		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// eventWith waits for an Event whose message holds a text.
+func (c *cluster) eventWith(pod, reason, text string) {
+	c.t.Helper()
+	for deadline := time.Now().Add(settle); !strings.Contains(c.event(pod, reason), text); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			c.t.Fatalf("no Event %s of %s holds %s: %s", reason, pod, text, c.event(pod, reason))
+		}
 	}
 }
 
@@ -447,6 +457,172 @@ func TestE2E(t *testing.T) {
 		}
 		c.annotate("web-2", "-")
 		c.exact([]string{"2 " + stem("web")})
+	})
+
+	step("from birth to the end", func(t *testing.T) { // C3: the first packet, and the last
+		const births = 50
+		var manifests []string
+		for i := range births {
+			manifests = append(manifests, c.manifest(fmt.Sprintf("birth-%d", i), podOptions{
+				labels: map[string]string{"app": "birth"}, restart: "Never", annotations: map[string]string{annotation: "1"},
+				command: `for i in {1..40}; do echo "packet $i." >/dev/udp/192.0.2.1/4444; done`}))
+		}
+		c.create(manifests...)
+		c.kubectl("-n", c.space, "wait", "--for=jsonpath={.status.phase}=Succeeded", "pod", "-l", "app=birth", "--timeout=300s")
+		var kept []string
+		for i := range births {
+			kept = append(kept, stem(fmt.Sprintf("birth-%d", i)))
+		}
+		c.exact([]string{"2 " + stem("web")}, kept...)
+		first, complete := 0, 0
+		for i := range births {
+			text := c.read(fmt.Sprintf("/capture-birth-%d.pcap", i), "udp", "port", "4444")
+			if strings.Contains(text, "packet 1.") {
+				first++
+			}
+			if strings.Count(text, "packet ") == 40 {
+				complete++
+			}
+		}
+		fmt.Printf("of %d Pods the first packet is in the file of %d, and all 40 up to their end of %d\n", births, first, complete)
+		if first != births || complete != births {
+			t.Errorf("the first packet of %d of %d Pods, all packets of %d", first, births, complete)
+		}
+		c.kubectl("-n", c.space, "delete", "pod", "-l", "app=birth", "--wait=true")
+		c.exact([]string{"2 " + stem("web")})
+	})
+
+	step("special Pods", func(t *testing.T) { // C3, C4
+		say := func(what string) string { return `echo "` + what + `" >/dev/udp/192.0.2.1/4444; ` }
+		forever := "trap exit TERM; sleep infinity & wait"
+		with := func(n string) map[string]string { return map[string]string{annotation: n} }
+		c.create(
+			c.manifest("host", podOptions{host: true, annotations: with("1")}),
+			c.manifest("several", podOptions{annotations: with("1"), init: say("from init"), command: say("from main") + forever,
+				second: say("from second") + forever}),
+			c.manifest("crash", podOptions{annotations: with("1"), command: say("crashing") + "exit 1"}),
+			c.manifest("web.pcap0", podOptions{annotations: with("2")}))
+		c.waitReady("host", "several", "web.pcap0")
+		all := []string{"2 " + stem("web"), "1 " + stem("host"), "1 " + stem("several"), "1 " + stem("crash"), "2 " + stem("web.pcap0")}
+		c.exact(all)
+		if got := c.event("host", "CaptureStarted"); !strings.Contains(got, "whole node's traffic") {
+			t.Errorf("the Event of a Pod with the host's network does not warn: %s", got)
+		}
+		pid := c.pid("1 " + stem("crash"))
+		for _, what := range []string{"from init", "from main", "from second"} {
+			if got := c.read(stem("several"), "udp", "port", "4444"); !strings.Contains(got, what) {
+				t.Errorf("the packet %q is not in the file: %s", what, got)
+			}
+		}
+		c.kubectl("-n", c.space, "wait", "--for=jsonpath={.status.containerStatuses[0].restartCount}=2", "pod/crash", "--timeout=90s")
+		if got := c.pid("1 " + stem("crash")); got != pid {
+			t.Errorf("a container that crashes disturbed the capture: PID %s, then %s", pid, got)
+		}
+		// The same name in another namespace has the first 8 of its UID in its file names; web's end touches no other's.
+		other := c.space + "-2"
+		c.kubectl("create", "namespace", other)
+		defer c.try("delete", "namespace", other, "--wait=true")
+		if _, err := c.pipe(c.manifest("web", podOptions{annotations: with("3")}), "-n", other, "create", "-f", "-"); err != nil {
+			t.Fatal(err)
+		}
+		uid := c.kubectl("-n", other, "get", "pod", "web", "-o", "jsonpath={.metadata.uid}")
+		twin := "3 " + stem("web_"+uid[:8])
+		c.exact(append(all, twin))
+		c.annotate("web", "-")
+		c.exact(append(all[1:], twin))
+		c.kubectl("delete", "namespace", other, "--wait=true")
+		c.delete("host", "several", "crash", "web.pcap0")
+		c.annotate("web", "2")
+		c.exact([]string{"2 " + stem("web")})
+	})
+
+	step("static Pod", func(t *testing.T) { // C3: its cgroup has another UID than the API
+		path := "/etc/kubernetes/manifests/e2e-static.yaml"
+		var pod map[string]any
+		if err := json.Unmarshal([]byte(c.manifest("e2e-static", podOptions{annotations: map[string]string{annotation: "1"}})), &pod); err != nil {
+			t.Fatal(err)
+		}
+		delete(pod["spec"].(map[string]any), "nodeName")
+		text, _ := json.Marshal(pod)
+		write := exec.Command("docker", "exec", "-i", c.worker, "bash", "-c", "cat >"+path)
+		write.Stdin = bytes.NewReader(text)
+		if out, err := write.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		defer c.onNode(c.worker, "rm -f "+path)
+		c.exact([]string{"2 " + stem("web"), "1 " + stem("e2e-static-"+c.worker)})
+		c.onNode(c.worker, "rm -f "+path)
+		c.exact([]string{"2 " + stem("web")})
+	})
+
+	step("filter", func(t *testing.T) { // C9
+		filtered := func(expression string) {
+			c.kubectl("-n", c.space, "annotate", "--overwrite", "pod", "web", filterAnnotation+"="+expression)
+		}
+		filtered("udp port 4444 and less 100")
+		send := `for p in 4444 4445; do echo hello >/dev/udp/192.0.2.1/$p; done`
+		c.exact([]string{"2 " + stem("web")})
+		c.eventWith("web", "CaptureStarted", "udp port 4444")
+		c.kubectl("-n", c.space, "exec", "web", "--", "bash", "-c", send)
+		deadline := time.Now().Add(settle)
+		for !strings.Contains(c.read(stem("web")+"0"), ".4444: UDP") {
+			if time.Now().After(deadline) {
+				t.Fatal("what the filter lets through is not in the file")
+			}
+		}
+		if got := c.read(stem("web") + "0"); strings.Contains(got, ".4445: UDP") {
+			t.Errorf("what the filter keeps out is in the file: %s", got)
+		}
+		for _, wrong := range []string{"tcp port", "-w /tmp/evil", `"quoted"`, "$(reboot)"} {
+			filtered(wrong)
+			c.eventWith("web", "CaptureFailed", strconv.Quote(wrong))
+			c.exact(nil)
+		}
+		filtered("tcp\nport 80")
+		c.eventWith("web", "CaptureInvalid", `"tcp\nport 80"`)
+		c.exact(nil)
+		c.kubectl("-n", c.space, "annotate", "pod", "web", filterAnnotation+"-")
+		c.exact([]string{"2 " + stem("web")})
+	})
+
+	step("no room", func(t *testing.T) { // C4
+		c.annotate("web-2", "1000000")
+		if got := c.event("web-2", "CaptureWaiting"); !strings.Contains(got, "1000000 files") {
+			t.Errorf("CaptureWaiting does not say what waits: %s", got)
+		}
+		c.exact([]string{"2 " + stem("web")})
+		c.annotate("web-2", "-")
+	})
+
+	step("joined while it runs", func(t *testing.T) { // the README's line
+		c.kubectl("-n", c.space, "exec", "web", "--", "bash", "-c",
+			`payload=$(printf %01000d 7); for i in {1..1500}; do echo "number $i. $payload" >/dev/udp/192.0.2.1/4444; done`)
+		readme, err := os.ReadFile("README.md")
+		if err != nil {
+			t.Fatal(err)
+		}
+		line := regexp.MustCompile(`(?m)^kubectl exec .*ls -tr .*$`).FindString(string(readme))
+		line = strings.NewReplacer("kubectl exec", "kubectl --context kind-"+c.name+" exec", "$CAPTURE", c.capturePod(),
+			"capture-traffic-pod", "capture-web", "> traffic-pod.pcap", "").Replace(line)
+		deadline := time.Now().Add(settle)
+		for {
+			joined, err := exec.Command("bash", "-c", line).Output()
+			if err != nil {
+				t.Fatalf("%s: %v", line, err)
+			}
+			numbers := regexp.MustCompile(`number (\d+)\.`).FindAllSubmatch(joined, -1)
+			for i := 1; i < len(numbers); i++ {
+				a, _ := strconv.Atoi(string(numbers[i-1][1]))
+				if b, _ := strconv.Atoi(string(numbers[i][1])); b != a+1 {
+					t.Fatalf("after packet %d comes %d", a, b)
+				}
+			}
+			if len(numbers) > 900 && string(numbers[len(numbers)-1][1]) == "1500" {
+				break // both files are in it
+			} else if time.Now().After(deadline) {
+				t.Fatalf("%d of the packets are in the joined file", len(numbers))
+			}
+		}
 	})
 
 	step("30 at once", func(t *testing.T) { // issue: many at once, by label

@@ -59,7 +59,11 @@ import (
 const (
 	annotation       = "tcpdump.antrea.io"
 	filterAnnotation = "tcpdump.antrea.io/filter"
-	hashAnnotation   = "kubernetes.io/config.hash" // a static Pod's UID as the kubelet knows it
+
+	// A static Pod's UID as the kubelet knows it. The second holds the same and can't be added to a Pod: with the first
+	// alone, who may annotate one Pod could have another captured.
+	hashAnnotation   = "kubernetes.io/config.hash"
+	mirrorAnnotation = "kubernetes.io/config.mirror"
 
 	// Of a Pod only the metadata is asked for: it holds the annotations, and spec and status are the larger part.
 	metadata     = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
@@ -77,6 +81,7 @@ const (
 	maxFilter = 4096          // bytes; Linux takes no argument over 128 KiB
 
 	birthPoll  = 25 * time.Millisecond   // how often a new Pod's sandbox is looked for: containers start 100 ms after it
+	noNetwork  = 30 * time.Second        // how long a Pod may have no network before that is told
 	slowPoll   = time.Second             // how often room is looked for, a sandbox that was lost, and among old processes
 	termGrace  = 2 * time.Second         // from SIGTERM to SIGKILL
 	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to
@@ -87,9 +92,9 @@ const (
 
 var (
 	restartBackoff = backoff{least: 125 * time.Millisecond, most: 250 * time.Millisecond} // of tcpdump
-	// Of requests: when an API server loses 5,000 nodes at once, it is to see fewer than 500 requests a second when it
-	// is back. A shorter first wait would bring them all in the same second.
-	requestBackoff = backoff{least: 800 * time.Millisecond, most: 25 * time.Second}
+	// Of requests: an API server that loses 5,000 nodes at once is to see fewer than 500 requests a second from then on.
+	// So the first wait spreads the nodes over 30 s, and the later ones, of 27 to 30 s, keep them spread (TestHerd).
+	requestBackoff = backoff{least: 800 * time.Millisecond, most: backoffMax}
 )
 
 func main() {
@@ -201,41 +206,34 @@ type podWatch struct {
 
 func (w *podWatch) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := w.follow(ctx)
+		next, doing := w.list, "listing pods"
+		if w.fresh {
+			next, doing = w.watch, "watching pods"
+		}
+		err := next(ctx)
 		if err == nil || ctx.Err() != nil {
 			continue
 		}
-		w.fresh = w.fresh && !isStatus(err, http.StatusGone)
-		wait := w.retry.after(err)
-		if isStatus(err, http.StatusForbidden) { // only a person can mend it
-			wait = backoffMax
+		if isStatus(err, http.StatusGone) {
+			w.fresh = false
 		}
 		cause := err.Error()
 		if network := new(net.OpError); errors.As(err, &network) {
 			cause = network.Err.Error() // without the port, which differs each time
 		}
+		wait := w.retry.next(err)
+		if isStatus(err, http.StatusForbidden) { // only a person can mend it
+			wait = backoffMax + wait/10
+		}
 		if w.complaint != cause {
 			w.complaint = cause
-			slog.Warn("the Pods can't be watched, captures go on", "error", err, "retryIn", wait)
+			slog.Warn("the Pods can't be watched, captures go on", "error", fmt.Errorf("%s: %w", doing, err), "retryIn", wait)
 		}
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
 		}
 	}
-}
-
-// follow lists if it must, and watches once. It returns nil when the watch ended as agreed, at its time limit.
-func (w *podWatch) follow(ctx context.Context) error {
-	if !w.fresh {
-		if err := w.list(ctx); err != nil {
-			return fmt.Errorf("listing pods: %w", err)
-		}
-	}
-	if err := w.watch(ctx); err != nil {
-		return fmt.Errorf("watching pods: %w", err)
-	}
-	return nil
 }
 
 // list sends the annotated Pods of the node. A version that the server can't serve is dropped, so that the next try
@@ -290,7 +288,7 @@ func (w *podWatch) page(ctx context.Context, query url.Values) (page podList, er
 }
 
 // watch reads changes until the server ends it, which it is asked to do after 5 to 10 minutes, so that the watches of
-// many nodes spread; 30 s later it ends in any case.
+// many nodes spread; 30 s later it ends in any case. It returns nil when it ended as agreed.
 func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -315,7 +313,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 	}
 	// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
 	if proven = proven || time.Since(began) >= time.Second; proven {
-		w.retry.reset()
+		w.retry.failures = 0
 	}
 	switch {
 	case err != io.EOF:
@@ -380,10 +378,14 @@ type (
 
 func (o *object) pod() pod {
 	m := &o.Metadata
+	kubeletUID := m.UID
+	if hash := m.Annotations[hashAnnotation]; hash != "" && hash == m.Annotations[mirrorAnnotation] {
+		kubeletUID = hash
+	}
 	value, annotated := m.Annotations[annotation]
 	annotated = annotated && m.UID != "" && !strings.Contains(m.Name, "/") // these become paths
 	return pod{
-		namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: cmp.Or(m.Annotations[hashAnnotation], m.UID),
+		namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: kubeletUID,
 		annotated: annotated, value: value, filter: m.Annotations[filterAnnotation],
 	}
 }
@@ -407,10 +409,11 @@ type capture struct {
 	invalid string // why the annotation makes no sense, while it does not
 	refused bool   // tcpdump does not take the filter: nothing is tried until the annotation changes
 	asked   int    // its place among those that wait for room
-	waiting bool   // it waits for room, and that was told
+	waiting bool   // it waits for room, or for the Pod's network, and that was told
 
 	have    request
 	stem    string    // the path of its files without digits: /capture-web.pcap
+	granted time.Time // when it was given its room
 	due     time.Time // when its sandbox is looked for
 	cmd     *exec.Cmd // nsenter, which becomes tcpdump; nil when none runs
 	onHost  bool      // it captures the host's network
@@ -550,7 +553,7 @@ func (c *controller) ask(by pod) {
 	case err == nil && want != p.want:
 		c.asked++
 		p.want, p.asked, p.invalid, p.waiting, p.refused = want, c.asked, "", false, false
-		p.retry.reset()
+		p.retry.failures = 0
 	case err == nil:
 		p.invalid = ""
 	case p.invalid != err.Error():
@@ -672,14 +675,18 @@ func (c *controller) admit(now time.Time) (waiting bool) {
 		need := p.want.bytes()
 		if free && need <= room {
 			room -= need
-			p.have, p.stem, p.due, p.waiting = p.want, stem, now, false
+			p.have, p.stem, p.granted, p.due, p.waiting = p.want, stem, now, now, false
 			continue
 		}
 		waiting = true
 		if need > room && !p.waiting {
 			p.waiting = true
-			c.tell(p, "Warning", "CaptureWaiting", "Waiting for room: %d files can take %d bytes, and %d are free of what "+
-				"the captures of this node may take; it starts by itself when there is room", p.want.n, need, max(room, 0))
+			what := "it starts by itself when those that were asked for before have their room, and there is enough"
+			if need > most {
+				what = "it never has: ask for fewer"
+			}
+			c.tell(p, "Warning", "CaptureWaiting", "Waiting for room: %d files can take %d bytes, and all captures of this node "+
+				"together may take %d; %s", p.want.n, need, most, what)
 		}
 		if need > room && need <= most { // those behind it wait too; one that never fits is passed
 			room = 0
@@ -747,9 +754,14 @@ func (c *controller) launch(now time.Time, full bool) {
 		case b == nil && p.failure != "":
 			p.failure = ""
 			c.tell(p, "Normal", "CaptureStopped", "Stopped: %s; the Pod's network is gone, the files stay until the "+
-				"annotation or the Pod goes", p.output.counts())
+				"annotation or the Pod goes, or the Pod has a new network", p.output.counts())
 		case b == nil && !p.started:
 			p.due = now.Add(birthPoll)
+			if !p.waiting && now.Sub(p.granted) > noNetwork {
+				p.waiting = true
+				c.tell(p, "Warning", "CaptureWaiting", "Waiting for the Pod's network: it does not run yet, or has ended; the "+
+					"capture starts when it has one")
+			}
 		}
 	}
 	for _, b := range found {
@@ -776,7 +788,7 @@ func (c *controller) run(p *capture, b *sandbox, now time.Time) {
 	p.output = &output{began: now, onListen: func() { c.say(func() { c.listening(p, cmd) }) }}
 	cmd.Stderr = p.output
 	if err := c.start(cmd); err != nil {
-		p.due = now.Add(p.retry.next())
+		p.due = now.Add(p.retry.next(nil))
 		c.tell(p, "Warning", "CaptureFailed", "tcpdump can't be started: %v", err)
 		return
 	}
@@ -841,7 +853,7 @@ func (c *controller) exited(p *capture, cmd *exec.Cmd, err error) {
 	if p.failure == "" {
 		p.failure = fmt.Sprint(cmp.Or(err, errors.New("exit status 0")))
 	}
-	if p.have.filter != "" && p.output.refusesFilter(p.stem) {
+	if p.have.filter != "" && !p.started && p.output.refusesFilter(p.stem) {
 		c.tell(p, "Warning", "CaptureFailed", "tcpdump refuses the filter %s (%s): nothing is tried until the "+
 			"annotation changes", quote(p.have.filter), p.failure)
 		p.refused = true
@@ -849,9 +861,9 @@ func (c *controller) exited(p *capture, cmd *exec.Cmd, err error) {
 		return
 	}
 	if time.Since(p.output.began) > backoffMax {
-		p.retry.reset()
+		p.retry.failures = 0
 	}
-	p.due = time.Now().Add(p.retry.next())
+	p.due = time.Now().Add(p.retry.next(nil))
 	slog.Debug("tcpdump ended by itself", append(p.log(), "reason", p.failure)...)
 }
 
@@ -870,7 +882,7 @@ func (p *capture) owns(name string) bool {
 }
 
 func (p *capture) log() []any {
-	return []any{"namespace", p.namespace, "pod", p.name, "n", cmp.Or(p.want.n, p.have.n)}
+	return []any{"namespace", p.namespace, "pod", p.name, "n", cmp.Or(p.have.n, p.want.n)}
 }
 
 // output is what a child says on stderr: the end of it, for its last words and its counts.
@@ -904,11 +916,16 @@ func (o *output) complaint() (last string) {
 }
 
 // refusesFilter reports whether tcpdump ended because of its filter. It compiles it between opening the device and
-// opening the file; its complaints about these two begin with their names.
+// opening the file; its complaints about these two begin with their names, and those about the machine end with an errno.
 func (o *output) refusesFilter(stem string) bool {
 	complaint, ok := strings.CutPrefix(o.complaint(), "tcpdump: ")
-	return ok && !o.listens && !strings.HasPrefix(complaint, podInterface+": ") &&
-		!strings.HasPrefix(complaint, "any: ") && !strings.HasPrefix(complaint, stem)
+	for _, prefix := range []string{podInterface + ": ", "any: ", stem} {
+		ok = ok && !strings.HasPrefix(complaint, prefix)
+	}
+	for _, errno := range []syscall.Errno{syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.EPERM} {
+		ok = ok && !strings.HasSuffix(strings.ToLower(complaint), errno.Error())
+	}
+	return ok && !o.listens
 }
 
 // counts is what tcpdump counted, by its closing lines; one that was killed wrote none.
@@ -1197,14 +1214,18 @@ func (r *recorder) post(ctx context.Context, e event) {
 	if err == nil {
 		response.Body.Close()
 	} else if !isStatus(err, 400, 403, 404, 409, 413, 422) {
-		r.pause = time.Now().Add(r.retry.after(err))
+		r.pause = time.Now().Add(r.retry.next(err))
 		t.due = r.pause // the others come first: it may be this one alone
 		return
 	} else {
 		slog.Warn("an Event is refused", "namespace", e.namespace, "pod", e.name, "error", err)
 	}
-	r.retry.reset()
-	t.count, t.due = 0, time.Now().Add(min(time.Second<<t.posted, repeatMax))
+	r.retry.failures = 0
+	hush := time.Second << t.posted // short for what a person does twice
+	if e.kind == "Warning" {
+		hush *= 10
+	}
+	t.count, t.due = 0, time.Now().Add(min(hush, repeatMax))
 	t.posted = min(t.posted+1, 10)
 }
 
@@ -1343,26 +1364,20 @@ type backoff struct {
 	failures    int
 }
 
-// next is never the same, so that nodes do not act in step.
-func (b *backoff) next() time.Duration {
+// next is never the same, so that nodes do not act in step. What the API server asked for comes on top: it asks all
+// nodes for the same.
+func (b *backoff) next(err error) time.Duration {
 	least, most := b.least, min(b.most<<b.failures, backoffMax)
 	if b.failures > 0 {
-		least = most / 2
+		least = most * 9 / 10
 	}
 	b.failures = min(b.failures+1, 10)
-	return least + rand.N(most-least)
-}
-
-// after is next, and what the API server asks for on top: it asks all nodes for the same.
-func (b *backoff) after(err error) time.Duration {
-	var status *statusError
-	if errors.As(err, &status) {
-		return status.retryAfter + b.next()
+	wait := least + rand.N(most-least)
+	if status := new(statusError); errors.As(err, &status) {
+		wait += status.retryAfter
 	}
-	return b.next()
+	return wait
 }
-
-func (b *backoff) reset() { b.failures = 0 }
 
 // isCapture reports whether a file's name is one of any capture's.
 func isCapture(name string) bool {
