@@ -610,13 +610,14 @@ func TestE2E(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s: %v", line, err)
 			}
-			numbers := regexp.MustCompile(`number (\d+)\.`).FindAllSubmatch(joined, -1)
+			numbers := regexp.MustCompile(`number (\d+)\. 0{999}7`).FindAllSubmatch(joined, -1)
 			for i := 1; i < len(numbers); i++ {
 				a, _ := strconv.Atoi(string(numbers[i-1][1]))
 				if b, _ := strconv.Atoi(string(numbers[i][1])); b != a+1 {
 					t.Fatalf("after packet %d comes %d", a, b)
 				}
 			}
+			// What comes back as ICMP quotes a packet, but not all of it.
 			if len(numbers) > 900 && string(numbers[len(numbers)-1][1]) == "1500" {
 				break // both files are in it
 			} else if time.Now().After(deadline) {
