@@ -277,7 +277,7 @@ func TestFileNames(t *testing.T) {
 		100: "100 files, /capture-web.pcap00 to /capture-web.pcap99",
 		101: "101 files, /capture-web.pcap000 to /capture-web.pcap100",
 	} {
-		p := &capture{have: request{n: n}, stem: "/capture-web.pcap"}
+		p := &capture{grant: grant{have: request{n: n}, stem: "/capture-web.pcap"}}
 		if got := p.files(); got != want {
 			t.Errorf("N=%d: %q, want %q", n, got, want)
 		}
@@ -307,7 +307,7 @@ func TestOwns(t *testing.T) {
 		{"/capture-web_12345678.pcap", "capture-web_12345678.pcap1", true},
 		{"/capture-web_12345678.pcap", "capture-web.pcap1", false},
 	} {
-		if p := (&capture{stem: test.stem}); p.owns(test.name) != test.owns {
+		if p := (&capture{grant: grant{stem: test.stem}}); p.owns(test.name) != test.owns {
 			t.Errorf("%s owns %s: %v", test.stem, test.name, !test.owns)
 		}
 	}

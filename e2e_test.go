@@ -349,6 +349,7 @@ func TestE2E(t *testing.T) {
 		c.row("annotation removed", "stopped, files gone; web-2 goes on", c.exact([]string{"1 " + stem("web-2")}))
 		c.annotate("web-2", "-")
 		c.exact(nil)
+		c.eventWith("web-2", "CaptureStopped", "packets captured, 0 dropped by the kernel; its files (")
 	})
 
 	step("kill -9 tcpdump", func(t *testing.T) { // C5
@@ -591,7 +592,17 @@ func TestE2E(t *testing.T) {
 			t.Errorf("CaptureWaiting does not say what waits: %s", got)
 		}
 		c.exact([]string{"2 " + stem("web")})
+		c.annotate("web", "1000")
+		c.exact([]string{"1000 " + stem("web")})
+		c.annotate("web-2", "1001") // beside web's, more than daemonset.yaml's ephemeral-storage holds
+		c.eventWith("web-2", "CaptureWaiting", "1001 files")
+		c.exact([]string{"1000 " + stem("web")})
+		c.annotate("web", "-")
+		c.row("a capture that waits for room gets it", "it starts by itself", c.exact([]string{"1001 " + stem("web-2")}))
 		c.annotate("web-2", "-")
+		c.exact(nil)
+		c.annotate("web", "2")
+		c.exact([]string{"2 " + stem("web")})
 	})
 
 	step("joined while it runs", func(t *testing.T) { // the README's line

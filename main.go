@@ -401,8 +401,14 @@ type request struct {
 // bytes is the most that the files of the request can take.
 func (r request) bytes() int64 { return int64(r.n) * fileBytes }
 
-// capture is an annotated Pod, or one whose capture is still to be cleared away. What is asked for (want) meets what
-// there is (have, which has room on the disk and a name for its files, and what runs for it) in reconcile.
+// capture is an annotated Pod, or one whose capture is still to be cleared away. In reconcile, what is asked for
+// meets what there is. Its life:
+//
+//	asked for (want), given room and a name for its files (have), its sandbox is looked for (due),
+//	tcpdump is started (cmd) and says that it listens (started), is told to stop (killAt),
+//	has exited (cmd is nil again), its files are deleted and its room is free (have is zero again)
+//
+// tcpdump that exits by itself goes back to where the sandbox is looked for.
 type capture struct {
 	pod
 	want    request
@@ -411,20 +417,25 @@ type capture struct {
 	asked   int    // its place among those that wait for room
 	waiting bool   // it waits for room, or for the Pod's network, and that was told
 
-	have    request
-	stem    string    // the path of its files without digits: /capture-web.pcap
-	granted time.Time // when it was given its room
-	due     time.Time // when its sandbox is looked for
-	cmd     *exec.Cmd // nsenter, which becomes tcpdump; nil when none runs
-	onHost  bool      // it captures the host's network
+	grant
+	due    time.Time // when its sandbox is looked for
+	cmd    *exec.Cmd // nsenter, which becomes tcpdump; nil when none runs
+	onHost bool      // it captures the host's network
+	killAt time.Time // when SIGKILL follows the SIGTERM that was sent; zero: none was
+	keep   bool      // its files stay when it has been stopped
+	retry  backoff
+	said   string // the last line of the log about it
+}
+
+// grant is the room that a capture was given on the disk, and what became of it.
+type grant struct {
+	have    request   // what it was given for
+	stem    string    // the path of the files without digits: /capture-web.pcap
+	since   time.Time // when it was given
+	started bool      // tcpdump has captured into the files
 	output  *output   // what the last child said
-	started bool      // tcpdump has captured into these files
-	killAt  time.Time // when SIGKILL follows the SIGTERM that was sent; zero: none was
-	keep    bool      // its files stay when it has been stopped
-	full    bool      // it was, because the disk is full
-	failure string    // why the last child ended, until that is told
-	said    string    // the last line of the log about it
-	retry   backoff
+	failure string    // why it ended, until that is told
+	full    bool      // it was stopped because the disk is full
 }
 
 // controller owns the captures, in loop. Its functions are os/exec's, and other ones in tests.
@@ -493,12 +504,12 @@ func (c *controller) loop(ctx context.Context) {
 			changes, done = nil, nil
 			c.end()
 		}
-		next := c.reconcile(time.Now())
+		wait := c.reconcile(time.Now())
 		c.ready.Store(isListed)
 		if !c.ending.IsZero() && (len(c.captures) == 0 || !time.Now().Before(c.ending)) {
 			return
 		}
-		timer.Reset(time.Until(next))
+		timer.Reset(wait)
 	}
 }
 
@@ -582,9 +593,8 @@ func parseRequest(value, filter string) (request, error) {
 }
 
 // reconcile compares what is asked for with what there is, and does what is missing. It may be called at any time,
-// and returns when it must be called again if nothing happens before.
-func (c *controller) reconcile(now time.Time) (next time.Time) {
-	next = now.Add(time.Hour)
+// and returns after how long it must be called again if nothing happens before.
+func (c *controller) reconcile(now time.Time) (wait time.Duration) {
 	for uid, p := range c.captures {
 		if p.cmd != nil && (p.want != p.have || !p.killAt.IsZero()) {
 			c.stop(p, now)
@@ -595,33 +605,26 @@ func (c *controller) reconcile(now time.Time) (next time.Time) {
 			delete(c.captures, uid)
 		}
 	}
-	if waiting := c.admit(now); waiting {
-		next = now.Add(slowPoll)
-	}
+	c.admit(now)
 	free := freeBytes(c.root)
 	full := free < fileBytes && free < c.unwritten()
 	c.launch(now, full)
+	wait = time.Hour
 	for _, p := range c.captures {
-		switch {
-		case !p.killAt.IsZero():
-			next = earlier(next, p.killAt)
-		case p.isLooking():
-			next = earlier(next, p.due)
-		case p.cmd != nil: // for the disk
-			next = earlier(next, now.Add(slowPoll))
-		}
 		if full && p.cmd != nil && p.killAt.IsZero() {
 			c.tell(p, "Warning", "CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may "+
 				"be cut; it is started again, at the first file, when there is room")
 			p.full, p.keep = true, true
 			c.stop(p, now)
-			next = earlier(next, p.killAt)
+		}
+		wait = min(wait, slowPoll) // for room on the disk
+		for _, at := range []time.Time{p.due, p.killAt, c.ending} {
+			if at.After(now) {
+				wait = min(wait, at.Sub(now))
+			}
 		}
 	}
-	if !c.ending.IsZero() {
-		next = earlier(next, c.ending)
-	}
-	return next
+	return wait
 }
 
 // stop sends SIGTERM, and SIGKILL to a child that does not heed it. Its files go when it has exited, never before.
@@ -650,12 +653,12 @@ func (c *controller) clear(p *capture) {
 	if p.started {
 		c.tell(p, "Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", p.output.counts(), bytes)
 	}
-	p.have, p.stem, p.output, p.started, p.full, p.failure = request{}, "", nil, false, false, ""
+	p.grant = grant{}
 }
 
 // admit gives room and a name to the captures that wait for it, in the order in which they were asked for, so that
-// no large one is overtaken for ever. It reports whether one waits on.
-func (c *controller) admit(now time.Time) (waiting bool) {
+// no large one is overtaken for ever.
+func (c *controller) admit(now time.Time) {
 	var queue []*capture
 	var taken int64
 	for _, p := range c.captures {
@@ -665,7 +668,7 @@ func (c *controller) admit(now time.Time) (waiting bool) {
 		}
 	}
 	if len(queue) == 0 {
-		return false
+		return // without a look at the disk
 	}
 	slices.SortFunc(queue, func(a, b *capture) int { return cmp.Compare(a.asked, b.asked) })
 	room := min(c.limit-taken, freeBytes(c.root)-c.unwritten())
@@ -675,10 +678,9 @@ func (c *controller) admit(now time.Time) (waiting bool) {
 		need := p.want.bytes()
 		if free && need <= room {
 			room -= need
-			p.have, p.stem, p.granted, p.due, p.waiting = p.want, stem, now, now, false
+			p.grant, p.due, p.waiting = grant{have: p.want, stem: stem, since: now}, now, false
 			continue
 		}
-		waiting = true
 		if need > room && !p.waiting {
 			p.waiting = true
 			what := "it starts by itself when those that were asked for before have their room, and there is enough"
@@ -692,7 +694,6 @@ func (c *controller) admit(now time.Time) (waiting bool) {
 			room = 0
 		}
 	}
-	return waiting
 }
 
 // unwritten is how many bytes the captures may still write into the room that they have.
@@ -708,15 +709,13 @@ func (c *controller) unwritten() (bytes int64) {
 // another namespace uses gets the Pod's UID behind a "_", which is in no Pod name. One that is used by the Pod's
 // predecessor is soon free.
 func (c *controller) stemFor(p *capture) (stem string, free bool) {
-	stem, free = filepath.Join(c.root, "capture-"+p.name+".pcap"), true
-	for _, other := range c.captures {
-		if other.stem == stem && other.namespace != p.namespace {
+	plain := filepath.Join(c.root, "capture-"+p.name+".pcap")
+	stem, free = plain, true
+	for _, other := range c.captures { // at most one has it
+		if other.stem == plain {
 			stem = filepath.Join(c.root, fmt.Sprintf("capture-%s_%.8s.pcap", p.name, p.uid))
-			break
+			free = other.namespace != p.namespace
 		}
-	}
-	for _, other := range c.captures {
-		free = free && other.stem != stem
 	}
 	return stem, free
 }
@@ -757,7 +756,7 @@ func (c *controller) launch(now time.Time, full bool) {
 				"annotation or the Pod goes, or the Pod has a new network", p.output.counts())
 		case b == nil && !p.started:
 			p.due = now.Add(birthPoll)
-			if !p.waiting && now.Sub(p.granted) > noNetwork {
+			if !p.waiting && now.Sub(p.since) > noNetwork {
 				p.waiting = true
 				c.tell(p, "Warning", "CaptureWaiting", "Waiting for the Pod's network: it does not run yet, or has ended; the "+
 					"capture starts when it has one")
@@ -1423,13 +1422,6 @@ func readFile(path string) string {
 	var text [8192]byte
 	n, _ := syscall.Read(file, text[:])
 	return string(text[:max(n, 0)])
-}
-
-func earlier(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
-	}
-	return b
 }
 
 // quote makes a text of any length and content fit for an Event or a line of the log.
