@@ -95,6 +95,8 @@ var (
 	// Of requests: an API server that loses 5,000 nodes at once is to see fewer than 500 requests a second from then on.
 	// So the first wait spreads the nodes over 30 s, and the later ones, of 27 to 30 s, keep them spread (TestHerd).
 	requestBackoff = backoff{least: 800 * time.Millisecond, most: backoffMax}
+	// Until the program has watched for the first time: nodes start one by one, and nothing is captured yet.
+	startBackoff = backoff{least: 800 * time.Millisecond, most: 1600 * time.Millisecond}
 )
 
 func main() {
@@ -313,7 +315,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 	}
 	// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
 	if proven = proven || time.Since(began) >= time.Second; proven {
-		w.retry.failures = 0
+		w.retry = requestBackoff
 	}
 	switch {
 	case err != io.EOF:
@@ -478,7 +480,7 @@ func newController(cfg config) (*controller, error) {
 	changes := make(chan change, 1024) // so that the watch never waits for a start or a stop
 	return &controller{
 		config:    cfg,
-		watch:     &podWatch{kube: k, node: cfg.node, changes: changes, version: "0", retry: requestBackoff},
+		watch:     &podWatch{kube: k, node: cfg.node, changes: changes, version: "0", retry: startBackoff},
 		recorder:  newRecorder(k, cfg.node),
 		sandboxes: sandboxes, captures: map[string]*capture{},
 		changes: changes, inbox: make(chan func()), over: make(chan struct{}),
