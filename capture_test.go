@@ -1017,3 +1017,23 @@ func TestOutput(t *testing.T) {
 		}
 	}
 }
+
+// C2, C5: files that were kept once, when the Pod's network went away, are not kept when N changes later.
+func TestKeptOnce(t *testing.T) {
+	simulate(t, 0, func(w *world) {
+		w.kids.behave(behaviour{shutdown: 300 * time.Millisecond})
+		w.proc.add(process{50, cgroupOf(uidA), host, "pod", 500})
+		w.send("LISTED", podNamed("web", uidA, "3"))
+		w.proc.end(50)
+		w.pass(3 * slowPoll)
+		w.told("Warning CaptureStarted", "Normal CaptureStopped: the files stay")
+		w.proc.add(process{60, cgroupOf(uidA), host, "pod", 900})
+		w.pass(3 * slowPoll)
+		w.told("Warning CaptureStarted")
+		w.send("MODIFIED", podNamed("web", uidA, "4"))
+		w.send("MODIFIED", podNamed("web", uidA, "3")) // back before the child has ended
+		w.pass(3 * slowPoll)
+		w.told("Normal CaptureStopped: are deleted", "Warning CaptureStarted")
+		w.runs("capture-web.pcap 3")
+	})
+}

@@ -82,7 +82,7 @@ const (
 
 	birthPoll  = 25 * time.Millisecond   // how often a new Pod's sandbox is looked for: containers start 100 ms after it
 	noNetwork  = 30 * time.Second        // how long a Pod may have no network before that is told
-	slowPoll   = time.Second             // how often room is looked for, a sandbox that was lost, and among old processes
+	slowPoll   = time.Second             // how often room is looked for, a sandbox that was lost, and every process
 	termGrace  = 2 * time.Second         // from SIGTERM to SIGKILL
 	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to
 	flushGrace = time.Second             // then, for the Events about that
