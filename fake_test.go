@@ -141,12 +141,12 @@ func (k *children) behave(b behaviour) {
 	k.next = b
 }
 
-func (k *children) start(cmd *exec.Cmd) error {
+func (k *children) start(cmd *exec.Cmd) (io.Reader, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.attempts = append(k.attempts, time.Now())
 	if k.next.refusal != nil {
-		return k.next.refusal
+		return nil, k.next.refusal
 	}
 	c := &child{behaviour: k.next, pid: 100_000 + len(k.all), arguments: cmd.Args[1:], network: cmd.ExtraFiles[0].Name(),
 		quit: make(chan end, 10), gone: make(chan struct{})}
@@ -166,12 +166,14 @@ func (k *children) start(cmd *exec.Cmd) error {
 	}
 	cmd.Process = &os.Process{Pid: c.pid}
 	k.all = append(k.all, c)
-	go k.live(c, cmd.Stderr)
-	return nil
+	stderr, words := io.Pipe()
+	go k.live(c, words)
+	return stderr, nil
 }
 
-func (k *children) live(c *child, stderr io.Writer) {
+func (k *children) live(c *child, stderr *io.PipeWriter) {
 	defer close(c.gone)
+	defer stderr.Close()
 	startup := time.After(c.startup)
 	for {
 		select {

@@ -66,7 +66,7 @@ func answered(account, body string) (*podWatch, chan change) {
 	changes := make(chan change, len(body)+1)
 	k := &kube{api: "https://kubernetes.test", account: account}
 	k.http.Transport = reply(body)
-	return &podWatch{kube: k, node: "node-1", changes: changes, version: "v1", fresh: true, retry: requestBackoff}, changes
+	return &podWatch{kube: k, node: "node-1", changes: changes, version: "v1", fresh: true, known: map[string]pod{}, retry: requestBackoff}, changes
 }
 
 // account makes a service account's folder with a token.
@@ -78,8 +78,8 @@ func account(f *testing.F) string {
 
 // C6: whatever a watch says, its version is the one of the last whole event before the first trouble, of an ERROR never.
 func FuzzWatchFrames(f *testing.F) {
-	pod := fakePod{"default", "web", "uid-web", map[string]string{annotation: "5"}, 7}.object()
-	added, deleted := string(watchFrame("ADDED", pod)), string(watchFrame("DELETED", pod))
+	web := fakePod{"default", "web", "uid-web", map[string]string{annotation: "5"}, 7}.object()
+	added, deleted := string(watchFrame("ADDED", web)), string(watchFrame("DELETED", web))
 	for _, body := range []string{"", "\n", added, added + deleted, added[:len(added)/2], added + deleted[:len(deleted)-2],
 		string(bookmarkFrame(9)), added + string(errorFrame(410, "too old")), added + "garbage", `{"type":"ADDED","object":null}`,
 		`{"type":"ADDED","object":{"metadata":{"resourceVersion":""}}}`, `{"type":7}`, `[]`, "null", "{}", "\x00\xff",
@@ -92,7 +92,7 @@ func FuzzWatchFrames(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body string) {
 		w, got := answered(dir, body)
 		err := w.watch(t.Context())
-		version, changes := "v1", 0
+		version, changes, known := "v1", 0, map[string]pod{}
 		for decoder := json.NewDecoder(strings.NewReader(body)); ; {
 			var raw json.RawMessage
 			var e watchEvent
@@ -101,9 +101,18 @@ func FuzzWatchFrames(f *testing.F) {
 				break
 			}
 			version = e.Object.Metadata.ResourceVersion
-			if e.Type != "BOOKMARK" {
-				changes++
+			p := e.Object.pod()
+			name := p.namespace + "/" + p.name
+			if before := known[name]; e.Type == "BOOKMARK" || before == p && e.Type != "DELETED" {
+				continue
+			} else if p.annotated && e.Type != "DELETED" {
+				known[name] = p
+			} else if before == (pod{}) {
+				continue
+			} else {
+				delete(known, name)
 			}
+			changes++
 		}
 		if w.version != version {
 			t.Errorf("the version is %q, not %q: %v", w.version, version, err)

@@ -202,6 +202,7 @@ type podWatch struct {
 	changes   chan<- change
 	version   string // resourceVersion of the last list or event, opaque; "0" at first, for "what your cache has"
 	fresh     bool
+	known     map[string]pod // the annotated Pods, by namespace/name, as they were sent
 	retry     backoff
 	complaint string // the last error that was logged: nothing is said twice
 }
@@ -265,6 +266,10 @@ func (w *podWatch) list(ctx context.Context) error {
 			slog.Debug("listed", "annotated", len(all.pods), "resourceVersion", page.Metadata.ResourceVersion)
 			if err := w.send(ctx, all); err != nil {
 				return err
+			}
+			w.known = map[string]pod{}
+			for _, p := range all.pods {
+				w.known[p.namespace+"/"+p.name] = p
 			}
 			w.version, w.fresh = page.Metadata.ResourceVersion, true
 			return nil
@@ -338,13 +343,30 @@ func (w *podWatch) heed(ctx context.Context, e watchEvent) error {
 	}
 	slog.Debug("event", "type", e.Type, "namespace", o.Metadata.Namespace, "pod", o.Metadata.Name, "resourceVersion", version)
 	if e.Type != "BOOKMARK" {
-		if err := w.send(ctx, change{e.Type, []pod{o.pod()}}); err != nil {
+		if err := w.pass(ctx, e.Type, o.pod()); err != nil {
 			return err
 		}
 	}
 	if w.version = version; w.complaint != "" {
 		w.complaint = ""
 		slog.Info("the Pods are watched again")
+	}
+	return nil
+}
+
+// pass sends a change on if it is about a capture. Most are not: the kubelet's, of the status.
+func (w *podWatch) pass(ctx context.Context, kind string, p pod) error {
+	name := p.namespace + "/" + p.name
+	known, isKnown := w.known[name]
+	stays := p.annotated && kind != "DELETED"
+	if stays && p == known || !stays && !isKnown {
+		return nil
+	}
+	if err := w.send(ctx, change{kind, []pod{p}}); err != nil {
+		return err
+	}
+	if delete(w.known, name); stays {
+		w.known[name] = p
 	}
 	return nil
 }
@@ -455,8 +477,9 @@ type controller struct {
 	over    chan struct{} // closed when nobody listens to the inbox any more
 	ready   atomic.Bool   // the first list is reconciled
 
-	start, wait func(*exec.Cmd) error
-	signal      func(*exec.Cmd, os.Signal) error
+	start  func(*exec.Cmd) (stderr io.Reader, err error)
+	wait   func(*exec.Cmd) error // when stderr has ended
+	signal func(*exec.Cmd, os.Signal) error
 }
 
 func newController(cfg config) (*controller, error) {
@@ -484,7 +507,7 @@ func newController(cfg config) (*controller, error) {
 		recorder:  newRecorder(k, cfg.node),
 		sandboxes: sandboxes, captures: map[string]*capture{},
 		changes: changes, inbox: make(chan func()), over: make(chan struct{}),
-		start: (*exec.Cmd).Start, wait: (*exec.Cmd).Wait,
+		start: start, wait: (*exec.Cmd).Wait,
 		signal: func(cmd *exec.Cmd, s os.Signal) error { return cmd.Process.Signal(s) },
 	}, nil
 }
@@ -785,19 +808,28 @@ func (c *controller) run(p *capture, b *sandbox, now time.Time) {
 	p.onHost = b.isHost
 	cmd := exec.Command("nsenter", p.arguments()...)
 	cmd.ExtraFiles = []*os.File{b.network} // descriptor 3 there
-	cmd.WaitDelay = time.Second            // if somebody else should hold its stderr
-	p.output = &output{began: now, onListen: func() { c.say(func() { c.listening(p, cmd) }) }}
-	cmd.Stderr = p.output
-	if err := c.start(cmd); err != nil {
+	output := &output{began: now, onListen: func() { c.say(func() { c.listening(p, cmd) }) }}
+	stderr, err := c.start(cmd)
+	if err != nil {
 		p.due = now.Add(p.retry.next(nil))
 		c.tell(p, "Warning", "CaptureFailed", "tcpdump can't be started: %v", err)
 		return
 	}
-	p.cmd = cmd
+	p.cmd, p.output = cmd, output
 	go func() {
+		// Its stderr ends when it does. To wait for that takes no thread, as waiting for the process would.
+		io.CopyBuffer(output, struct{ io.Reader }{stderr}, make([]byte, 512))
 		err := c.wait(cmd)
 		c.say(func() { c.exited(p, cmd, err) })
 	}()
+}
+
+// start starts a child whose stderr is to be read to its end before it is waited for.
+func start(cmd *exec.Cmd) (stderr io.Reader, err error) {
+	if stderr, err = cmd.StderrPipe(); err != nil {
+		return nil, err
+	}
+	return stderr, cmd.Start()
 }
 
 // arguments are nsenter's. It execs, so that the child's PID is tcpdump's.
@@ -894,7 +926,7 @@ type output struct {
 	text     []byte
 }
 
-// Write is called by os/exec's goroutine, the last time before wait returns.
+// Write takes what the child says as it comes.
 func (o *output) Write(text []byte) (int, error) {
 	o.text = append(o.text, text...)
 	if !o.listens && bytes.Contains(o.text, []byte("listening on ")) {
@@ -1389,7 +1421,10 @@ func isCapture(name string) bool {
 func findFiles(folder string, matches func(name string) bool) (paths []string, bytes int64) {
 	entries, _ := os.ReadDir(folder)
 	for _, entry := range entries {
-		if info, err := entry.Info(); err == nil && info.Mode().IsRegular() && matches(entry.Name()) {
+		if !matches(entry.Name()) {
+			continue
+		}
+		if info, err := entry.Info(); err == nil && info.Mode().IsRegular() {
 			paths = append(paths, filepath.Join(folder, entry.Name()))
 			bytes += info.Size()
 		}

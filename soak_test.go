@@ -879,16 +879,16 @@ func (k *walkKids) living() []*walkChild {
 	return slices.Clone(k.alive)
 }
 
-func (k *walkKids) start(cmd *exec.Cmd) error {
+func (k *walkKids) start(cmd *exec.Cmd) (io.Reader, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.next.refusal != nil {
-		return k.next.refusal
+		return nil, k.next.refusal
 	}
 	info, err := cmd.ExtraFiles[0].Stat()
 	if err != nil {
 		k.Errorf("the network's file is closed before the child has it: %v", err)
-		return err
+		return nil, err
 	}
 	option := func(name string) string { return cmd.Args[slices.Index(cmd.Args, name)+1] }
 	k.pid++
@@ -921,12 +921,14 @@ func (k *walkKids) start(cmd *exec.Cmd) error {
 		k.byUID[c.uid] = &walkRecord{request: c.request, stem: c.stem, life: c.life}
 	}
 	k.byStem[c.stem] = c.uid
-	go c.live(cmd.Stderr)
-	return nil
+	stderr, words := io.Pipe()
+	go c.live(words)
+	return stderr, nil
 }
 
-func (c *walkChild) live(stderr io.Writer) {
+func (c *walkChild) live(stderr *io.PipeWriter) {
 	defer close(c.gone)
+	defer stderr.Close()
 	startup := time.After(c.startup)
 	for {
 		select {

@@ -514,16 +514,48 @@ func TestEventsShareNothing(t *testing.T) { // C6, rule 7: a variable that is us
 		f.put(fakePod{"default", "a", "uid-a", map[string]string{"tcpdump.antrea.io": "5", "tcpdump.antrea.io/filter": "udp",
 			"kubernetes.io/config.hash": "abc", "kubernetes.io/config.mirror": "abc"}, 0})
 		f.annotate("b", "6")
-		f.annotate("c", "")
+		f.annotate("b", "")
 		w.next(t)
 		for _, want := range []pod{
 			{namespace: "default", name: "b", uid: "uid-b", kubeletUID: "uid-b", annotated: true, value: "6"},
-			{namespace: "default", name: "c", uid: "uid-c", kubeletUID: "uid-c"},
+			{namespace: "default", name: "b", uid: "uid-b", kubeletUID: "uid-b"},
 		} {
 			if got := w.next(t); !slices.Equal(got.pods, []pod{want}) {
 				t.Errorf("got %+v, want %+v", got.pods, want)
 			}
 		}
+	})
+}
+
+// C6: what is about no capture wakes nobody, and what is about one is never held back.
+func TestOnlyCapturesAreNews(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeAPI(t)
+		f.annotate("web", "5")
+		f.annotate("db", "")
+		w := follow(t, f)
+		w.expect(t, "LISTED web=5")
+		f.annotate("web", "5") // the same again: its version is another one
+		f.annotate("db", "")
+		f.annotate("new", "")
+		f.remove("default", "new")
+		w.expect(t)
+		f.put(fakePod{"default", "web", "uid-web", map[string]string{annotation: "5", filterAnnotation: "udp"}, 0})
+		f.put(fakePod{"default", "web", "uid-web-2", map[string]string{annotation: "5", filterAnnotation: "udp"}, 0})
+		f.put(fakePod{"other", "web", "uid-web-3", map[string]string{annotation: "5", filterAnnotation: "udp"}, 0})
+		w.expect(t, "MODIFIED web=5", "MODIFIED web=5", "ADDED web=5")
+		f.annotate("web", "")
+		f.annotate("web", "") // no longer known
+		f.annotate("db", "7")
+		f.remove("default", "db")
+		f.remove("default", "web")
+		w.expect(t, "MODIFIED web", "MODIFIED db=7", "DELETED db=7")
+		f.push(string(errorFrame(410, goneText)), goesOn) // a list says all again, and the next change is compared with it
+		time.Sleep(longestWait)
+		w.expect(t, "LISTED web=5")
+		f.put(fakePod{"other", "web", "uid-web-3", map[string]string{annotation: "5", filterAnnotation: "udp"}, 0})
+		f.remove("other", "web")
+		w.expect(t, "DELETED web=5")
 	})
 }
 
