@@ -451,7 +451,7 @@ func (f *fakeAPI) list(w http.ResponseWriter, query url.Values) {
 		}
 	}
 	metadata := map[string]any{"resourceVersion": versionName(at)}
-	items := []any{}
+	var items []any // null when there are none, as the real one says
 	for _, key := range slices.Sorted(maps.Keys(f.pods)) {
 		if key <= after {
 			continue

@@ -250,20 +250,15 @@ func (w *podWatch) list(ctx context.Context) error {
 	}
 	all := change{kind: "LISTED"}
 	for {
-		page, err := w.page(ctx, query)
+		page, err := w.page(ctx, query, &all.pods)
 		if isStatus(err, http.StatusGone, http.StatusGatewayTimeout) {
 			w.version = ""
 		}
 		if err != nil {
 			return err
 		}
-		for _, o := range page.Items {
-			if p := o.pod(); p.annotated {
-				all.pods = append(all.pods, p)
-			}
-		}
-		if page.Metadata.Continue == "" {
-			slog.Debug("listed", "annotated", len(all.pods), "resourceVersion", page.Metadata.ResourceVersion)
+		if page.Continue == "" {
+			slog.Debug("listed", "annotated", len(all.pods), "resourceVersion", page.ResourceVersion)
 			if err := w.send(ctx, all); err != nil {
 				return err
 			}
@@ -271,27 +266,66 @@ func (w *podWatch) list(ctx context.Context) error {
 			for _, p := range all.pods {
 				w.known[p.namespace+"/"+p.name] = p
 			}
-			w.version, w.fresh = page.Metadata.ResourceVersion, true
+			w.version, w.fresh = page.ResourceVersion, true
 			return nil
 		}
 		query.Del("resourceVersion") // the token has its own
-		query.Set("continue", page.Metadata.Continue)
+		query.Set("continue", page.Continue)
 	}
 }
 
-func (w *podWatch) page(ctx context.Context, query url.Values) (page podList, err error) {
+// page appends a page's annotated Pods. It reads them one by one: of a list of 10 MB only these take memory.
+func (w *podWatch) page(ctx context.Context, query url.Values, annotated *[]pod) (page listMetadata, err error) {
 	response, err := w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), metadataList, nil)
 	if err != nil {
 		return page, err
 	}
 	defer response.Body.Close()
-	if err := json.NewDecoder(response.Body).Decode(&page); err != nil {
-		return page, err
+	decoder := json.NewDecoder(response.Body)
+	err = expect(decoder, json.Delim('{'))
+	for err == nil && decoder.More() {
+		key, _ := decoder.Token() // what is wrong with it, the next call says
+		switch key {
+		case "metadata":
+			err = decoder.Decode(&page)
+		case "items":
+			err = readItems(decoder, annotated)
+		default:
+			err = decoder.Decode(new(json.RawMessage))
+		}
 	}
-	if page.Metadata.ResourceVersion == "" {
-		return page, errors.New("the list has no resourceVersion")
+	if err == nil {
+		err = expect(decoder, json.Delim('}')) // a list that is cut is none
 	}
-	return page, nil
+	if err == nil && page.ResourceVersion == "" {
+		err = errors.New("the list has no resourceVersion")
+	}
+	return page, err
+}
+
+func readItems(decoder *json.Decoder, annotated *[]pod) error {
+	if begin, err := decoder.Token(); err != nil || begin == nil { // null, when there are none
+		return err
+	}
+	for decoder.More() {
+		var o object
+		if err := decoder.Decode(&o); err != nil {
+			return err
+		}
+		if p := o.pod(); p.annotated {
+			*annotated = append(*annotated, p)
+		}
+	}
+	return expect(decoder, json.Delim(']'))
+}
+
+// expect reads a token that must come.
+func expect(decoder *json.Decoder, want json.Token) error {
+	token, err := decoder.Token()
+	if err == nil && token != want {
+		err = fmt.Errorf("the list has %v in place of %v", token, want)
+	}
+	return err
 }
 
 // watch reads changes until the server ends it, which it is asked to do after 5 to 10 minutes, so that the watches of
@@ -390,11 +424,8 @@ type (
 		Code    int // of a Status, the object of ERROR
 		Message string
 	}
-	podList struct {
-		Metadata struct{ ResourceVersion, Continue string }
-		Items    []object
-	}
-	watchEvent struct {
+	listMetadata struct{ ResourceVersion, Continue string }
+	watchEvent   struct {
 		Type   string
 		Object object
 	}

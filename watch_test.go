@@ -227,12 +227,17 @@ func TestListIsContinued(t *testing.T) { // C6, rule 2
 func TestListThatBreaksAppliesNothing(t *testing.T) { // C6, rules 2, 3 and 7: else all captures would be stopped
 	page := `{"metadata":{"resourceVersion":"v1"%s},"items":[{"metadata":{"name":"a","uid":"a","resourceVersion":"v1"}}]}`
 	for name, met := range map[string]fault{
-		"cut":                 {times: 1, code: 200, body: page[:len(page)-4]},
-		"no resourceVersion":  {times: 1, code: 200, body: `{"metadata":{},"items":[]}`},
-		"garbage":             {times: 1, code: 200, body: "<html>a proxy's page</html>"},
-		"nothing":             {times: 1, code: 200},
-		"lost":                {times: 1, err: io.ErrUnexpectedEOF},
-		"continue is refused": {times: 1, code: 200, body: fmt.Sprintf(page, `,"continue":"v1/x"`)},
+		"cut":                  {times: 1, code: 200, body: page[:len(page)-4]},
+		"no resourceVersion":   {times: 1, code: 200, body: `{"metadata":{},"items":[]}`},
+		"garbage":              {times: 1, code: 200, body: "<html>a proxy's page</html>"},
+		"nothing":              {times: 1, code: 200},
+		"an array":             {times: 1, code: 200, body: `[{"resourceVersion":"v1"}]`},
+		"items of no list":     {times: 1, code: 200, body: `{"metadata":{"resourceVersion":"v1"},"items":{}}`},
+		"an item of no Pod":    {times: 1, code: 200, body: `{"metadata":{"resourceVersion":"v1"},"items":[7]}`},
+		"cut behind the items": {times: 1, code: 200, body: `{"metadata":{"resourceVersion":"v1"},"items":[]`},
+		"cut before the items": {times: 1, code: 200, body: `{"metadata":{"resourceVersion":"v1"}`},
+		"lost":                 {times: 1, err: io.ErrUnexpectedEOF},
+		"continue is refused":  {times: 1, code: 200, body: fmt.Sprintf(page, `,"continue":"v1/x"`)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
