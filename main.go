@@ -102,18 +102,18 @@ var (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := run(ctx, os.Getenv); err != nil {
+	cfg, err := readConfig(os.Getenv)
+	if err == nil {
+		err = run(ctx, cfg)
+	}
+	if err != nil {
 		slog.Error("packetcapture can't run", "error", err)
 		os.Exit(1)
 	}
 }
 
 // run is the program. It returns when it can't start, or when ctx has ended and every capture is stopped.
-func run(ctx context.Context, getenv func(string) string) error {
-	cfg, err := readConfig(getenv)
-	if err != nil {
-		return err
-	}
+func run(ctx context.Context, cfg config) error {
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
 	c, err := newController(cfg)
 	if err != nil {
