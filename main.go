@@ -1315,8 +1315,9 @@ func newKube(api, account string) (*kube, error) {
 	k.http.Transport = &http.Transport{ // without a Proxy: the service address must never go through HTTPS_PROXY
 		DialTLSContext:    k.dial,
 		ForceAttemptHTTP2: true, // its own dialing turns HTTP/2 off otherwise, and with it the pings
-		// A server that is silent for 45 s is gone: a connection that is half open would never end a watch.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
+		// A server that is silent for 45 s is gone: a connection that is half open would never end a watch. Of a list no
+		// more is taken than is read soon: by default it is 4 MiB.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: 256 << 10},
 	}
 	return k, nil
 }

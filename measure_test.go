@@ -6,15 +6,12 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"io"
-	"math"
 	"net/http"
 	"os"
 	"os/exec"
@@ -35,38 +32,44 @@ type admin struct {
 }
 
 func newAdmin(t *testing.T, c *cluster) *admin {
+	return adminOf(t, c.kubectl("config", "view", "--raw", "--minify", "-o", "json"))
+}
+
+func adminOf(t *testing.T, kubeconfig string) *admin {
 	var config struct {
 		Clusters []struct {
 			Cluster struct {
 				Server string
-				CA     string `json:"certificate-authority-data"`
+				CA     []byte `json:"certificate-authority-data"`
 			}
 		}
 		Users []struct {
 			User struct {
-				Cert string `json:"client-certificate-data"`
-				Key  string `json:"client-key-data"`
+				Cert []byte `json:"client-certificate-data"`
+				Key  []byte `json:"client-key-data"`
 			}
 		}
 	}
-	if err := json.Unmarshal([]byte(c.kubectl("config", "view", "--raw", "--minify", "-o", "json")), &config); err != nil {
-		t.Fatal(err)
-	}
-	decode := func(s string) []byte {
-		b, err := base64.StdEncoding.DecodeString(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
-	pair, err := tls.X509KeyPair(decode(config.Users[0].User.Cert), decode(config.Users[0].User.Key))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(0, json.Unmarshal([]byte(kubeconfig), &config))
+	pair := check(tls.X509KeyPair(config.Users[0].User.Cert, config.Users[0].User.Key))
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(decode(config.Clusters[0].Cluster.CA))
+	roots.AppendCertsFromPEM(config.Clusters[0].Cluster.CA)
 	return &admin{t, config.Clusters[0].Cluster.Server, &http.Client{Transport: &http.Transport{
 		ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}}}}
+}
+
+// The test binary is also the reader that the program's CPU is compared with: it reads the same watch as the program,
+// with the same library, and throws away what it reads.
+func init() {
+	kubeconfig, node := os.Getenv("TEST_READER"), os.Getenv("TEST_READER_NODE")
+	if kubeconfig == "" {
+		return
+	}
+	a := adminOf(nil, kubeconfig)
+	request := check(http.NewRequest("GET", a.server+"/api/v1/pods?watch=true&fieldSelector=spec.nodeName%3D"+node, nil))
+	request.Header.Set("Accept", metadata)
+	io.Copy(io.Discard, check(a.http.Do(request)).Body)
+	os.Exit(1) // it is killed before
 }
 
 // patch changes a Pod's metadata and returns when it began.
@@ -96,8 +99,14 @@ func annotated(n string) string {
 	return `{"metadata":{"annotations":{"` + annotation + `":"` + n + `"}}}`
 }
 
-// watch returns the time of each event of a Pod, as raw as it comes.
-func (a *admin) watch(ctx context.Context, namespace, pod string) <-chan time.Time {
+// rawEvent is when an event came, and how many bytes it has.
+type rawEvent struct {
+	time.Time
+	bytes int
+}
+
+// watch returns each event of a Pod, as raw as it comes.
+func (a *admin) watch(ctx context.Context, namespace, pod string) <-chan rawEvent {
 	a.t.Helper()
 	request, _ := http.NewRequestWithContext(ctx, "GET", a.server+"/api/v1/namespaces/"+namespace+"/pods?watch=true&fieldSelector=metadata.name%3D"+pod, nil)
 	request.Header.Set("Accept", metadata)
@@ -105,19 +114,19 @@ func (a *admin) watch(ctx context.Context, namespace, pod string) <-chan time.Ti
 	if err != nil {
 		a.t.Fatal(err)
 	}
-	times := make(chan time.Time, 1000)
+	events := make(chan rawEvent, 10_000)
 	go func() {
 		defer response.Body.Close()
-		defer close(times)
+		defer close(events)
 		for d := json.NewDecoder(response.Body); ; {
 			var e json.RawMessage
 			if d.Decode(&e) != nil {
 				return
 			}
-			times <- time.Now()
+			events <- rawEvent{time.Now(), len(e)}
 		}
 	}()
-	return times
+	return events
 }
 
 // hostPID is the PID on this machine of the first process of a node whose command is name and whose command line
@@ -166,13 +175,20 @@ func status(pid int, field string) float64 {
 	return kb / 1024
 }
 
-// cpu is the CPU time that a process has used, in ticks of 10 ms.
-func cpu(pid int) time.Duration {
-	stat := readFile(fmt.Sprintf("/proc/%d/stat", pid))
-	f := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
-	user, _ := strconv.Atoi(f[11])
-	system, _ := strconv.Atoi(f[12])
-	return time.Duration(user+system) * 10 * time.Millisecond
+// cpu is the CPU time that all threads of a process have used.
+func cpu(pid int) (spent time.Duration) {
+	for _, path := range check(filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))) {
+		ns, _ := strconv.ParseInt(strings.Fields(readFile(path) + " 0")[0], 10, 64)
+		spent += time.Duration(ns)
+	}
+	return spent
+}
+
+// received is how many bytes have come into a process's network.
+func received(pid int) (bytes int) {
+	_, rest, _ := strings.Cut(readFile(fmt.Sprintf("/proc/%d/net/dev", pid)), "eth0:")
+	bytes, _ = strconv.Atoi(strings.Fields(rest + " 0")[0])
+	return bytes
 }
 
 func TestMeasure(t *testing.T) {
@@ -186,9 +202,13 @@ func TestMeasure(t *testing.T) {
 		t.Fatal("no packetcapture on " + c.worker + ": make deploy comes first")
 	}
 	root := fmt.Sprintf("/proc/%d/root", program)
-	var rows [][4]string
-	row := func(what, here, floor string, ratio float64, goal string) {
-		rows = append(rows, [4]string{what, here, floor, fmt.Sprintf("%.2f (goal %s)", ratio, goal)})
+	fmt.Println("| what | measured | beside | ratio | goal |\n|---|---|---|---|---|")
+	// Machines are noisy: half above its goal fails.
+	row := func(what, here, beside string, ratio, goal float64) {
+		fmt.Printf("| %s | %s | %s | %.2f | %.2f |\n", what, here, beside, ratio, goal)
+		if ratio > 1.5*goal {
+			t.Errorf("%s: the ratio is %.2f, the goal %.2f", what, ratio, goal)
+		}
 	}
 	idle := status(program, "VmRSS")
 
@@ -230,38 +250,52 @@ func TestMeasure(t *testing.T) {
 	}
 	floorStart, floorStop := median(event)+median(run), median(event2)+median(end)
 	row("Start: PATCH to the first file", ms(median(start)), ms(floorStart)+" (raw event + nsenter tcpdump)",
-		float64(median(start))/float64(floorStart), "1.15")
+		float64(median(start))/float64(floorStart), 1.15)
 	row("Stop: PATCH to tcpdump and files gone", ms(median(stop)), ms(floorStop)+" (raw event + SIGTERM to exit)",
-		float64(median(stop))/float64(floorStop), "1.15")
+		float64(median(stop))/float64(floorStop), 1.15)
 
-	// 3,000 changes that need nothing done: CPU and memory.
-	before := cpu(program)
+	// 3,000 changes that need nothing done: CPU, memory and bytes.
 	const changes = 3000
+	reader := exec.Command(os.Args[0])
+	reader.Env = append(os.Environ(), "GOMAXPROCS=1", "TEST_READER="+c.kubectl("config", "view", "--raw", "--minify", "-o", "json"),
+		"TEST_READER_NODE="+c.worker)
+	must(t, reader.Start())
+	defer func() { reader.Process.Kill(); reader.Wait() }()
+	until(t, "the reader runs", func() bool { return cpu(reader.Process.Pid) > 0 })
+	time.Sleep(2 * time.Second) // it watches, and both are idle
+	for len(raw) > 0 {
+		<-raw
+	}
+	spent, readers, bytes := cpu(program), cpu(reader.Process.Pid), received(program)
 	for i := range changes {
 		a.patch(c.space, "web", fmt.Sprintf(`{"metadata":{"labels":{"change":"%d"}}}`, i))
 	}
-	time.Sleep(time.Second) // the last of them arrive
-	each := float64((cpu(program) - before).Microseconds()) / changes / 1000
-	row("CPU for a change that needs nothing", fmt.Sprintf("%.3f ms", each), "0.12 ms", each/0.12, "1.00")
-	row("Memory, idle", fmt.Sprintf("%.1f MiB", idle), "10 MiB", idle/10, "1.00")
-	after := status(program, "VmRSS")
-	row(fmt.Sprintf("Memory after %d changes", changes), fmt.Sprintf("%.1f MiB", after), "12 MiB", after/12, "1.00")
-
-	measureMany(t, c, a, root, row)
-	memory := status(program, "VmRSS")
-	row("Memory after that, with 90 Pods", fmt.Sprintf("%.1f MiB", memory), "12 MiB", memory/12, "1.00")
-
-	var table bytes.Buffer
-	fmt.Fprintln(&table, "| what | measured | floor or goal | ratio |\n|---|---|---|---|")
-	for _, r := range rows {
-		fmt.Fprintf(&table, "| %s | %s | %s | %s |\n", r[0], r[1], r[2], r[3])
+	size := 0
+	for range changes {
+		size += (<-raw).bytes
 	}
-	fmt.Print(table.String())
+	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / changes / 1000 }
+	ours, floor := each(cpu(program)-spent), each(cpu(reader.Process.Pid)-readers)
+	row("CPU for a change that needs nothing, one by one", fmt.Sprintf("%.3f ms", ours), fmt.Sprintf("%.3f ms (a Go program that "+
+		"only reads the watch)", floor), ours/floor, 2)
+	perChange := float64(received(program)-bytes) / changes
+	row("Bytes for a change, on the wire", fmt.Sprintf("%.0f", perChange), fmt.Sprintf("%d (its metadata as JSON)", size/changes),
+		perChange/float64(size/changes), 1.15)
+	memory := func(when string, goal float64) {
+		rss := status(program, "VmRSS")
+		row("Memory "+when, fmt.Sprintf("%.1f MiB", rss), fmt.Sprintf("%.0f MiB", goal), rss/goal, 1)
+	}
+	row("Memory idle", fmt.Sprintf("%.1f MiB", idle), "10 MiB", idle/10, 1)
+	memory(fmt.Sprintf("after %d changes", changes), 12)
+	measureMany(t, c, a, root, memory, row)
+	info := check(os.Stat(fmt.Sprintf("/proc/%d/exe", program)))
+	row("The program", fmt.Sprintf("%.2f MB", float64(info.Size())/1e6), "7 MB", float64(info.Size())/7e6, 1)
 }
 
-// measureMany has 90 Pods annotated at once and released at once, beside as many plain tcpdumps.
-func measureMany(t *testing.T, c *cluster, a *admin, root string, row func(what, here, floor string, ratio float64, goal string)) {
-	const many = 90 // with its own Pods a node takes no more than 110
+// measureMany has 100 Pods annotated at once and released at once, beside as many plain tcpdumps.
+func measureMany(t *testing.T, c *cluster, a *admin, root string, memory func(string, float64),
+	row func(what, here, beside string, ratio, goal float64)) {
+	const many = 100 // with its own Pods a node takes no more than 110
 	var manifests, names []string
 	for i := range many {
 		name := fmt.Sprintf("many-%d", i)
@@ -287,11 +321,11 @@ func measureMany(t *testing.T, c *cluster, a *admin, root string, row func(what,
 	}
 	ours := func(name string) string { return root + "/capture-" + name + ".pcap0" }
 	plain := func(name string) string { return folder + "/" + name + ".pcap0" }
-	patchAll := func(n string) time.Time {
+	patchAll := func(body string) time.Time {
 		began := time.Now()
 		done := make(chan bool)
 		for _, name := range names {
-			go func() { a.patch(c.space, name, annotated(n)); done <- true }()
+			go func() { a.patch(c.space, name, body); done <- true }()
 		}
 		for range names {
 			<-done
@@ -317,16 +351,18 @@ func measureMany(t *testing.T, c *cluster, a *admin, root string, row func(what,
 		child.Wait()
 	}
 	stopFloor := time.Since(began)
-	began = patchAll("")
-	patching := time.Since(began) // the API server's share, measured with changes that change nothing
-	began = patchAll("2")
+	began = patchAll(`{"metadata":{"annotations":{"other":"2"}}}`)
+	patching := time.Since(began) // the API server's share: as many changes that need nothing done
+	began = patchAll(annotated("2"))
 	start := until(t, "all files", all(ours, true)).Sub(began)
-	began = patchAll("")
+	time.Sleep(time.Second) // they capture quietly
+	memory(fmt.Sprintf("with %d captures", many), 12)
+	began = patchAll(annotated(""))
 	stop := until(t, "no file", all(ours, false)).Sub(began)
 	row(fmt.Sprintf("%d Pods annotated at once: all captured", many), ms(start), ms(startFloor+patching)+" (plain tcpdumps + PATCHes)",
-		float64(start)/float64(startFloor+patching), "1.50")
+		float64(start)/float64(startFloor+patching), 1.5)
 	row(fmt.Sprintf("%d Pods released at once: all gone", many), ms(stop), ms(stopFloor+patching)+" (SIGTERM to exits + PATCHes)",
-		float64(stop)/math.Max(1, float64(stopFloor+patching)), "1.50")
+		float64(stop)/float64(stopFloor+patching), 1.5)
 }
 
 func check[T any](v T, err error) T {
