@@ -71,7 +71,7 @@ func answered(account, body string) (*podWatch, chan change) {
 }
 
 // account makes a service account's folder with a token.
-func account(f *testing.F) string {
+func account(f testing.TB) string {
 	dir := f.TempDir()
 	must(f, os.WriteFile(filepath.Join(dir, "token"), []byte("token"), 0o600))
 	return dir

@@ -878,6 +878,9 @@ func (p *capture) arguments() []string {
 		"-Z", "root", // or it becomes user tcpdump, who may not open the next file in /
 		"-p", // not promiscuous: the Pod's own packets
 		"-i", device,
+		// No -B: the ring of 2 MiB lost nothing of 100,000 packets at 50,000 a second and of 360,000 at 180,000, as one of
+		// 16 MiB. No --immediate-mode: it lost 27 % and 40 % of these, and 1 % and 11 % with 16 MiB. A packet is in the
+		// file within a second, and of 20 Pods that end all last packets are, as their network outlives them by more.
 	}
 	if p.have.filter != "" {
 		arguments = append(arguments, "--", p.have.filter) // never an option

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"debug/elf"
 	"go/parser"
 	"go/token"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -30,6 +32,27 @@ func TestShape(t *testing.T) {
 	must(t, err)
 	if !strings.HasPrefix(string(module), "module packetcapture\n") || strings.Contains(string(module), "require") {
 		t.Errorf("go.mod is %q", module)
+	}
+}
+
+// C1: the program is small, and needs nothing of the image that it is in.
+func TestSize(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "packetcapture")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	info, err := os.Stat(program)
+	must(t, err)
+	if info.Size() > 7_000_000 {
+		t.Errorf("the program has %d bytes", info.Size())
+	}
+	file, err := elf.Open(program)
+	must(t, err)
+	defer file.Close()
+	if libraries, err := file.ImportedLibraries(); err != nil || len(libraries) > 0 || file.Section(".interp") != nil {
+		t.Errorf("it is linked to %q, %v", libraries, err)
 	}
 }
 

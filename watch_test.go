@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -511,6 +512,40 @@ func TestLargeEvent(t *testing.T) { // C6, rule 7
 	})
 }
 
+// C6: a list of 10 MB is read Pod by Pod, and an event takes no memory but for its own metadata.
+func TestMemoryIsBounded(t *testing.T) {
+	var items []string
+	for i := range 500 {
+		items = append(items, podJSON(fmt.Sprintf("web-%d", i), 20_000, `"note":"x"`))
+	}
+	list := `{"metadata":{"resourceVersion":"1"},"items":[` + strings.Join(items, ",") + "]}"
+	events := strings.Repeat(`{"type":"MODIFIED","object":`+podJSON("web", 20_000, "")+"}\n", 500)
+	dir := account(t)
+	reader := func(body string) *podWatch {
+		k := &kube{api: "https://kubernetes.test", account: dir}
+		k.http.Transport = reply(body)
+		return &podWatch{kube: k, node: "node-1", changes: make(chan change, 1), version: "1", known: map[string]pod{}}
+	}
+	for what, read := range map[string]func() error{
+		"a list": func() error { return reader(list).list(t.Context()) },
+		"500 events": func() error {
+			w := reader(events)
+			if w.watch(t.Context()); w.version != "12345" {
+				return fmt.Errorf("watched up to %q", w.version)
+			}
+			return nil
+		},
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		must(t, read())
+		runtime.ReadMemStats(&after)
+		if got := int(after.TotalAlloc - before.TotalAlloc); got > 1_000_000 {
+			t.Errorf("%s of %d bytes allocates %d", what, len(list), got)
+		}
+	}
+}
+
 func TestEventsShareNothing(t *testing.T) { // C6, rule 7: a variable that is used again keeps what the next one lacks
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeAPI(t)
@@ -881,6 +916,7 @@ func TestTokenRotates(t *testing.T) { // C6, rule 11: with the file ahead of the
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeAPI(t)
 		w := follow(t, f)
+		time.Sleep(time.Second / 2) // watches end at whole seconds: the two files are never between
 		for i := range 5 {
 			time.Sleep(time.Hour)
 			token := fmt.Sprintf("token-of-hour-%d", i)
