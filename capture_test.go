@@ -167,7 +167,7 @@ func TestArguments(t *testing.T) {
 			p.filter = filter
 			w.send("ADDED", p)
 			want := []string{"--net=/proc/self/fd/3", "--", "tcpdump", "-C", "1", "-W", "7",
-				"-w", filepath.Join(w.root, "capture-"+p.name+".pcap"), "-U", "-Z", "root", "-p", "-i", "eth0"}
+				"-w", filepath.Join(w.root, "capture-"+p.name+".pcap"), "-U", "-Z", "root", "-p", "-i", "eth0", "-B", "4096"}
 			if filter != "" {
 				want = append(want, "--", filter)
 			}

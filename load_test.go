@@ -114,8 +114,11 @@ var ways = []struct {
 	name  string
 	flags []string
 }{
-	{"the program", nil}, {"-B 16384", []string{"-B", "16384"}}, {"--immediate-mode", []string{"--immediate-mode"}},
-	{"both", []string{"-B", "16384", "--immediate-mode"}},
+	{"the program", nil},
+	{"tcpdump's -B 2048", []string{"-B", "2048"}},
+	{"-B 16384", []string{"-B", "16384"}},
+	{"-B 2048 --immediate-mode", []string{"-B", "2048", "--immediate-mode"}},
+	{"-B 16384 --immediate-mode", []string{"-B", "16384", "--immediate-mode"}},
 }
 
 // capturing begins a capture in a new Pod's network in one of the ways. What end returns is when it has ended.
@@ -131,7 +134,7 @@ func capturing(t *testing.T, way, files int) (l *link, end func()) {
 }
 
 // TestLoss floods a Pod's network, and has it go away behind a few packets. The program must keep what the best of all
-// plain tcpdumps keeps: a larger ring gains nothing, and without the ring's delay a burst is lost. (C3)
+// plain tcpdumps keeps: with a larger ring it is a little less at the highest rate, without the ring's delay far more. (C3)
 func TestLoss(t *testing.T) {
 	needNetwork(t)
 	compare := func(what string, run func(way int) (lost, sent int)) (share []float64) {
@@ -148,7 +151,7 @@ func TestLoss(t *testing.T) {
 	for _, way := range ways {
 		head += " | " + way.name
 	}
-	fmt.Println(head + " |\n|---|---|---|---|---|")
+	fmt.Println(head + " |\n|---" + strings.Repeat("|---", len(ways)) + "|")
 	for _, rate := range []int{5_000, 50_000, 200_000} {
 		share := compare(fmt.Sprintf("2 s at %d a second, or what can be sent", rate), func(way int) (lost, sent int) {
 			l, end := capturing(t, way, 400) // room for all that is sent

@@ -410,3 +410,18 @@ func TestFullDisk(t *testing.T) {
 	must(t, os.Remove(other))
 	n.told("Normal CaptureStarted: ")
 }
+
+// C4: a file that can't be deleted is told and tried again, and its room is not given to others meanwhile.
+func TestFileThatStays(t *testing.T) {
+	n := newNode(t)
+	n.newLink(uidA)
+	n.run(podNamed("web", uidA, "1"))
+	n.told("Normal CaptureStarted: ")
+	file := filepath.Join(n.root, "capture-web.pcap")
+	n.must("mount", "--bind", file, file)
+	n.Cleanup(func() { syscall.Unmount(file, syscall.MNT_DETACH) })
+	n.send("LISTED")
+	n.told("Warning CaptureFailed: can't be deleted: remove " + file)
+	n.must("umount", file)
+	n.until("the file is deleted", func() bool { return len(n.files()) == 0 })
+}

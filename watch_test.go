@@ -596,6 +596,10 @@ func TestOnlyCapturesAreNews(t *testing.T) {
 		f.put(fakePod{"other", "web", "uid-web-3", map[string]string{annotation: "5", filterAnnotation: "udp"}, 0})
 		f.remove("other", "web")
 		w.expect(t, "DELETED web=5")
+		f.put(fakePod{"default", "web", "uid-web-5", map[string]string{annotation: "5"}, 0})
+		f.push(string(watchFrame("DELETED", fakePod{"default", "web", "uid-web-4", map[string]string{annotation: "5"}, 9}.object())), goesOn)
+		f.put(fakePod{"default", "web", "uid-web-5", nil, 0}) // what is late about its predecessor makes nobody forget it
+		w.expect(t, "ADDED web=5", "DELETED web=5", "MODIFIED web")
 	})
 }
 
