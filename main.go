@@ -60,8 +60,8 @@ const (
 	annotation       = "tcpdump.antrea.io"
 	filterAnnotation = "tcpdump.antrea.io/filter"
 
-	// A static Pod's UID as the kubelet knows it. The second holds the same and can't be added to a Pod: with the first
-	// alone, who may annotate one Pod could have another captured.
+	// The UID that the kubelet gave to a static Pod, which it reads from a file; the API's is another. The second holds the
+	// same and can't be added to a Pod: with the first alone, who may annotate one Pod could have another captured.
 	hashAnnotation   = "kubernetes.io/config.hash"
 	mirrorAnnotation = "kubernetes.io/config.mirror"
 
@@ -84,8 +84,8 @@ const (
 	noNetwork  = 30 * time.Second        // how long a Pod may have no network before that is told
 	slowPoll   = time.Second             // how often room is looked for, a sandbox that was lost, and every process
 	termGrace  = 2 * time.Second         // from SIGTERM to SIGKILL
-	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to
-	flushGrace = time.Second             // then, for the Events about that
+	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to, of 5 s in all
+	flushGrace = time.Second             // for the last Events, after that
 	backoffMax = 30 * time.Second
 	repeatMax  = 5 * time.Minute // an Event that repeats is counted up for this long at most
 )
@@ -194,13 +194,14 @@ type change struct {
 }
 
 // podWatch follows the node's Pods. It is in one of two states: it must list, or (fresh) it may watch from version.
-// A list makes it fresh, and 410 Gone, which comes as an answer or as an event, makes it list again. Any other
-// trouble is waited out, and the watch goes on from version: the captures never notice.
+// A list makes it fresh, and 410 Gone, which comes as an answer or as an event, makes it list again: the server no longer
+// has the history since then. Any trouble is waited out, so that many nodes don't return at once, and the watch goes on
+// from version: the captures never notice.
 type podWatch struct {
 	kube      *kube
 	node      string
 	changes   chan<- change
-	version   string // resourceVersion of the last list or event, opaque; "0" at first, for "what your cache has"
+	version   string // resourceVersion of the last list or event, opaque: a place in the API's history; "0" at first: any
 	fresh     bool
 	known     map[string]pod // the annotated Pods, by namespace/name, as they were sent
 	retry     backoff
@@ -364,7 +365,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 	return nil
 }
 
-// heed sends an event on and keeps its resourceVersion. ERROR has none; a bookmark has nothing else.
+// heed passes an event on and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
 func (w *podWatch) heed(ctx context.Context, e watchEvent) error {
 	o := &e.Object
 	if e.Type == "ERROR" {
@@ -664,7 +665,7 @@ func (c *controller) reconcile(now time.Time) (wait time.Duration) {
 		}
 	}
 	c.admit(now)
-	free := freeBytes(c.root)
+	free := freeBytes(c.root) // full: not even one file fits, nor what the files may still grow
 	full := free < fileBytes && free < c.unwritten()
 	c.launch(now, full)
 	wait = time.Hour
@@ -675,7 +676,7 @@ func (c *controller) reconcile(now time.Time) (wait time.Duration) {
 			p.full, p.keep = true, true
 			c.stop(p, now)
 		}
-		wait = min(wait, slowPoll) // for room on the disk
+		wait = min(wait, slowPoll) // for room on the disk, or a disk that fills up
 		for _, at := range []time.Time{p.due, p.killAt, c.ending} {
 			if at.After(now) {
 				wait = min(wait, at.Sub(now))
@@ -731,7 +732,7 @@ func (c *controller) admit(now time.Time) {
 	}
 	slices.SortFunc(queue, func(a, b *capture) int { return cmp.Compare(a.asked, b.asked) })
 	room := min(c.limit-taken, freeBytes(c.root)-c.unwritten())
-	most := room + taken // when all others are gone
+	most := room + taken // if nothing else were captured here
 	for _, p := range queue {
 		stem, free := c.stemFor(p)
 		need := p.want.bytes()
@@ -805,7 +806,7 @@ func (c *controller) launch(now time.Time, full bool) {
 		b := found[p.kubeletUID]
 		switch {
 		case b != nil && p.cmd == nil && !full:
-			c.run(p, b, now)
+			c.capture(p, b, now)
 		case b == nil && p.cmd != nil: // the last process of a Pod in the host's network has ended
 			p.keep = true
 			c.stop(p, now)
@@ -829,8 +830,8 @@ func (c *controller) launch(now time.Time, full bool) {
 
 // ---- A capture: from nsenter's start to tcpdump's end ----
 
-// run starts tcpdump in a sandbox, whose file the caller closes.
-func (c *controller) run(p *capture, b *sandbox, now time.Time) {
+// capture starts tcpdump in a sandbox, whose file the caller closes.
+func (c *controller) capture(p *capture, b *sandbox, now time.Time) {
 	if p.failure != "" && !p.full {
 		what := "tcpdump ended by itself (%s) and is started again"
 		if p.started {
@@ -851,7 +852,8 @@ func (c *controller) run(p *capture, b *sandbox, now time.Time) {
 	}
 	p.cmd, p.output = cmd, output
 	go func() {
-		// Its stderr ends when it does. To wait for that takes no thread, as waiting for the process would.
+		// Its stderr ends when it does. To wait for that takes no thread, as waiting for the process would. The struct
+		// hides os.File's own way to copy, which takes a buffer of 32 KiB.
 		io.CopyBuffer(output, struct{ io.Reader }{stderr}, make([]byte, 512))
 		err := c.wait(cmd)
 		c.say(func() { c.exited(p, cmd, err) })
@@ -1266,8 +1268,8 @@ func (r *recorder) next(now time.Time) (next *event, due time.Time) {
 	return next, due
 }
 
-// post creates an Event object. 4xx is final but for a token or a time that may get better; 403 is normal in a
-// namespace that is being deleted.
+// post creates an Event object. One that the API server will never take is dropped, which is normal (403) in a namespace
+// that is being deleted; anything else is tried again.
 func (r *recorder) post(ctx context.Context, e event) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
