@@ -13,7 +13,7 @@ RUN --mount=type=cache,target=/go/pkg/mod \
 FROM ubuntu:24.04
 RUN apt-get update \
  && apt-get install -y --no-install-recommends bash tcpdump \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 COPY --from=build /packetcapture /usr/local/bin/packetcapture
 LABEL org.opencontainers.image.title="packetcapture" \
       org.opencontainers.image.description="Captures the packets of annotated Pods with tcpdump, on every node of a Kubernetes cluster" \

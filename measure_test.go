@@ -302,6 +302,32 @@ func TestMeasure(t *testing.T) {
 	measureMany(t, c, a, root, memory, row)
 	info := check(os.Stat(fmt.Sprintf("/proc/%d/exe", program)))
 	row("The program", fmt.Sprintf("%.2f MB", float64(info.Size())/1e6), "7 MB", float64(info.Size())/7e6, 1)
+	packages := installed(c.image)
+	added := layers(c.image)
+	row("The image, above its base", fmt.Sprintf("%.1f MB", added), fmt.Sprintf("%.1f MB (7 MB, tcpdump and its libraries)", 7+packages),
+		added/(7+packages), 1.1)
+}
+
+// layers is how many MB the program and the packages take in an image.
+func layers(image string) (mb float64) {
+	history := check(exec.Command("docker", "history", "--no-trunc", "--human=false", "--format", "{{.Size}} {{.CreatedBy}}", image).Output())
+	for line := range strings.Lines(string(history)) {
+		size, by, _ := strings.Cut(line, " ")
+		if strings.Contains(by, "apt-get install") || strings.Contains(by, "COPY /packetcapture") {
+			mb += check(strconv.ParseFloat(size, 64)) / 1e6
+		}
+	}
+	return mb
+}
+
+// installed is how many MB the packages have that were installed last in an image, tcpdump and what it needs.
+func installed(image string) (mb float64) {
+	sizes := check(exec.Command("docker", "run", "--rm", "--entrypoint", "bash", image, "-c", `dpkg-query -W -f '${Installed-Size}\n' `+
+		`$(sed -n 's/^Install: //p' /var/log/apt/history.log | tail -1 | grep -o '[a-z0-9.+-]*:[a-z0-9]* ' | cut -d: -f1)`).Output())
+	for _, size := range strings.Fields(string(sizes)) {
+		mb += check(strconv.ParseFloat(size, 64)) * 1024 / 1e6
+	}
+	return mb
 }
 
 // measureMany has 100 Pods annotated at once and released at once, beside as many plain tcpdumps.
