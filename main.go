@@ -807,6 +807,9 @@ func (c *controller) launch(now time.Time, full bool) {
 		switch {
 		case b != nil && p.cmd == nil && !full:
 			c.capture(p, b, now)
+		case b != nil && p.cmd == nil && !p.full: // the disk filled up between its room and its start
+			p.full = true
+			c.tell(p, "Warning", "CaptureWaiting", "Waiting for room: the disk is full; it starts by itself when there is enough")
 		case b == nil && p.cmd != nil: // the last process of a Pod in the host's network has ended
 			p.keep = true
 			c.stop(p, now)

@@ -411,6 +411,25 @@ func TestFullDisk(t *testing.T) {
 	n.told("Normal CaptureStarted: ")
 }
 
+// C4: a disk that fills up after a capture has got its room, and before it starts, is told too.
+func TestFullDiskBeforeTheStart(t *testing.T) {
+	n := newNode(t)
+	n.must("mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", n.root)
+	n.Cleanup(func() { syscall.Unmount(n.root, syscall.MNT_DETACH) })
+	n.run(podNamed("web", uidA, "1"))
+	n.until("it has its room", func() bool {
+		has := make(chan bool)
+		n.c.inbox <- func() { p := n.c.captures[uidA]; has <- p != nil && p.have.n == 1 }
+		return <-has
+	})
+	other := filepath.Join(n.root, "other")
+	os.WriteFile(other, make([]byte, 3<<20), 0o644) // fails in the middle, which is the point
+	n.newLink(uidA)
+	n.told("Warning CaptureWaiting: the disk is full")
+	must(t, os.Remove(other))
+	n.told("Normal CaptureStarted: ")
+}
+
 // C4: a file that can't be deleted is told and tried again, and its room is not given to others meanwhile.
 func TestFileThatStays(t *testing.T) {
 	n := newNode(t)
