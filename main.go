@@ -82,7 +82,8 @@ const (
 
 	birthPoll  = 25 * time.Millisecond   // how often a new Pod's sandbox is looked for: containers start 100 ms after it
 	noNetwork  = 30 * time.Second        // how long a Pod may have no network before that is told
-	slowPoll   = time.Second             // how often room is looked for, a sandbox that was lost, and every process
+	slowPoll   = time.Second             // how often room is looked for, and a sandbox that was lost
+	sweepPoll  = 10 * time.Second        // how often every process is looked at, while a sandbox is looked for
 	termGrace  = 2 * time.Second         // from SIGTERM to SIGKILL
 	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to, of 5 s in all
 	flushGrace = time.Second             // for the last Events, after that
@@ -1029,8 +1030,9 @@ type sandboxes struct {
 	hostNet, hostRoot os.FileInfo             // of the host's first process
 	pids              map[string]map[int]bool // the processes of each Pod, by the UID in the names of their cgroups
 	swept             time.Time               // when every process was looked at last
-	newest            int                     // the PID that was given out last before that
-	since             int                     // what is newer than this PID may be new
+	newest            int                     // the PID that was given out last when it was marked
+	marked            time.Time               // by a sweep, or a second after the last mark
+	since             int                     // what is newer than this PID may be new, or not yet in its cgroup
 }
 
 // sandbox is a Pod's network namespace.
@@ -1115,9 +1117,12 @@ func (s *sandboxes) open(dir string) *sandbox {
 func (s *sandboxes) scan(now time.Time) {
 	loadavg := readFile(s.proc + "/loadavg") // its last field is the PID that was given out last
 	newest, _ := strconv.Atoi(strings.TrimSpace(loadavg[strings.LastIndex(loadavg, " ")+1:]))
-	if now.Sub(s.swept) < slowPoll && newest >= s.newest && newest-s.since < 1000 {
+	if now.Sub(s.swept) < sweepPoll && newest >= s.newest && newest-s.since < 1000 {
 		for pid := s.since + 1; pid <= newest; pid++ { // again each time: it may have entered its cgroup by now
 			s.note(pid)
+		}
+		if now.Sub(s.marked) >= slowPoll { // those up to the mark before are older than that, and where they belong
+			s.since, s.newest, s.marked = s.newest, newest, now
 		}
 		return
 	}
@@ -1125,7 +1130,7 @@ func (s *sandboxes) scan(now time.Time) {
 	if s.newest <= newest && newest-s.newest < 500 { // from the look before, for the same reason
 		s.since = s.newest
 	}
-	s.pids, s.swept, s.newest = map[string]map[int]bool{}, now, newest
+	s.pids, s.swept, s.newest, s.marked = map[string]map[int]bool{}, now, newest, now
 	if dir, err := os.Open(s.proc); err == nil {
 		defer dir.Close()
 		names, _ := dir.Readdirnames(-1)

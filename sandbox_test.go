@@ -200,7 +200,7 @@ func TestCandidates(t *testing.T) {
 	}{
 		{"at once", look{birthPoll, uidA, newest, false}},
 		{"a little later, with others started", look{slowPoll / 2, uidA, newest + 100, false}},
-		{"at the next sweep", look{slowPoll, uidA, newest, true}},
+		{"at the next sweep", look{sweepPoll, uidA, newest, true}},
 		{"as another Pod's", look{birthPoll, uidB, newest, false}},
 		{"the PIDs went round", look{birthPoll, uidA, 300, true}},
 		{"very many were started", look{birthPoll, uidA, newest + 10_000, true}},
@@ -262,7 +262,7 @@ func TestFindOnTheEdgeOfASweep(t *testing.T) {
 	s.find(map[string]bool{uidA: true}, now)
 	proc.add(process{50_001, "0::/system.slice/containerd.service\n", host, host, 500}) // the runtime's child
 	proc.newest(50_001)
-	now = now.Add(slowPoll)
+	now = now.Add(sweepPoll)
 	s.find(map[string]bool{uidA: true}, now) // the sweep
 	proc.add(process{50_001, cgroupOf(uidA), "pod", "pod", 500})
 	found := s.find(map[string]bool{uidA: true}, now.Add(birthPoll))
@@ -270,6 +270,44 @@ func TestFindOnTheEdgeOfASweep(t *testing.T) {
 		t.Fatal("not found")
 	}
 	found[uidA].network.Close()
+}
+
+// C3: between two sweeps no process is forgotten, however slowly it enters its cgroup: it has a second. And those that
+// are older are not looked at again.
+func TestFindBetweenSweeps(t *testing.T) {
+	proc := newProc(t)
+	proc.newest(50_000)
+	s, err := newSandboxes(proc.dir)
+	must(t, err)
+	now, pid := time.Now(), 50_000
+	find := func() map[string]*sandbox {
+		now = now.Add(birthPoll)
+		return s.find(map[string]bool{uidA: true}, now)
+	}
+	find()
+	swept := s.swept
+	for range 7 {
+		pid++
+		proc.add(process{pid, "0::/system.slice/containerd.service\n", host, host, 500})
+		proc.newest(pid)
+		for began := now; now.Sub(began) < slowPoll; {
+			find()
+		}
+		proc.add(process{pid, cgroupOf(uidA), "pod", "pod", 500})
+		found := find()[uidA]
+		if found == nil {
+			t.Fatalf("process %d is not found", pid)
+		}
+		found.network.Close()
+		proc.end(pid)
+		find()
+	}
+	if s.swept != swept {
+		t.Fatal("all processes were looked at: the test shows nothing")
+	}
+	if s.since < pid-3 {
+		t.Errorf("%d processes are looked at each time, of %d", pid-s.since, pid-50_000)
+	}
 }
 
 // C3: the first process of a Pod that is waited for is found as soon as it is there.
