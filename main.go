@@ -1117,20 +1117,24 @@ func (s *sandboxes) open(dir string) *sandbox {
 func (s *sandboxes) scan(now time.Time) {
 	loadavg := readFile(s.proc + "/loadavg") // its last field is the PID that was given out last
 	newest, _ := strconv.Atoi(strings.TrimSpace(loadavg[strings.LastIndex(loadavg, " ")+1:]))
-	if now.Sub(s.swept) < sweepPoll && newest >= s.newest && newest-s.since < 1000 {
-		for pid := s.since + 1; pid <= newest; pid++ { // again each time: it may have entered its cgroup by now
-			s.note(pid)
-		}
-		if now.Sub(s.marked) >= slowPoll { // those up to the mark before are older than that, and where they belong
-			s.since, s.newest, s.marked = s.newest, newest, now
-		}
-		return
+	isFar := newest < s.newest || newest-s.since >= 1000
+	if isFar { // the last ones may still be on their way into their cgroups
+		s.since, s.newest, s.marked = newest-200, newest, now
 	}
-	s.since = newest
-	if s.newest <= newest && newest-s.newest < 500 { // from the look before, for the same reason
-		s.since = s.newest
+	if isFar || now.Sub(s.swept) >= sweepPoll {
+		s.sweep()
+		s.swept = now
 	}
-	s.pids, s.swept, s.newest, s.marked = map[string]map[int]bool{}, now, newest, now
+	for pid := s.since + 1; pid <= newest; pid++ { // again each time, for the same reason
+		s.note(pid)
+	}
+	if now.Sub(s.marked) >= slowPoll { // those up to the mark before are older than that, and where they belong
+		s.since, s.newest, s.marked = s.newest, newest, now
+	}
+}
+
+func (s *sandboxes) sweep() {
+	s.pids = map[string]map[int]bool{}
 	if dir, err := os.Open(s.proc); err == nil {
 		defer dir.Close()
 		names, _ := dir.Readdirnames(-1)

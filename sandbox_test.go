@@ -272,6 +272,34 @@ func TestFindOnTheEdgeOfASweep(t *testing.T) {
 	found[uidA].network.Close()
 }
 
+// C3: whenever a process starts, before, at or after a sweep, and enters its cgroup within a second, it is found then.
+func TestFindAroundASweep(t *testing.T) {
+	const tick = 100 * time.Millisecond
+	for start := time.Duration(0); start < sweepPoll+2*slowPoll; start += tick {
+		proc := newProc(t)
+		proc.newest(50_000)
+		s, err := newSandboxes(proc.dir)
+		must(t, err)
+		begin := time.Now()
+		for now := time.Duration(0); now <= start+slowPoll-tick; now += tick {
+			if now == start {
+				proc.add(process{50_001, "0::/system.slice/containerd.service\n", host, host, 500})
+				proc.newest(50_001)
+			}
+			if found := s.find(map[string]bool{uidA: true}, begin.Add(now)); len(found) > 0 {
+				t.Fatal("found before it was there")
+			}
+		}
+		proc.add(process{50_001, cgroupOf(uidA), "pod", "pod", 500})
+		found := s.find(map[string]bool{uidA: true}, begin.Add(start+slowPoll))
+		if found[uidA] == nil {
+			t.Errorf("a process that starts %s after a sweep is not found", start)
+			continue
+		}
+		found[uidA].network.Close()
+	}
+}
+
 // C3: between two sweeps no process is forgotten, however slowly it enters its cgroup: it has a second. And those that
 // are older are not looked at again.
 func TestFindBetweenSweeps(t *testing.T) {
