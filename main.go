@@ -1,30 +1,32 @@
-// Packetcapture captures the packets of annotated Pods with tcpdump, on every node of a Kubernetes cluster.
+// Packetcapture captures the packets of annotated pods with tcpdump, on every node of a Kubernetes cluster.
 //
-// It runs as a DaemonSet and watches the Pods of its own node. A Pod that is annotated
+// It runs as a DaemonSet and watches the pods of its own node. A pod that is annotated
 //
 //	kubectl annotate pod web tcpdump.antrea.io="5"
 //
 // is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to /capture-web.pcap4, in the
-// container of the packetcapture Pod of that node. A changed number starts the capture again; when the annotation
-// or the Pod goes, the capture stops and its files are deleted. A second annotation narrows what is captured:
+// container of the packetcapture pod of that node. A changed number starts the capture again; when the annotation
+// or the pod goes, the capture stops and its files are deleted. Two more annotations say what is captured:
 //
 //	kubectl annotate pod web tcpdump.antrea.io/filter="tcp port 80"
+//	kubectl annotate pod web tcpdump.antrea.io/interface="lo"
 //
-// Events on the Pod (kubectl describe pod) tell what happens.
+// Events on the pod (kubectl describe pod) tell what happens. In the packetcapture pod
 //
-// The environment configures it:
+//	packetcapture cat [-f] web
 //
-//	NODE_NAME                 the node whose Pods are captured; required
+// writes the files to stdout as one pcap, and with -f goes on with what comes. The environment configures the program:
+//
+//	NODE_NAME                 the node whose pods are captured; required
 //	KUBERNETES_SERVICE_HOST   the API server; required, Kubernetes sets both
 //	KUBERNETES_SERVICE_PORT
-//	POD_NAME                  this Pod's name, for the Events; default the host name
+//	POD_NAME                  this pod's name, for the Events; default the host name
 //	DISK_LIMIT                bytes of disk that the container may take, its files and its log; default no limit
-//	HEALTH_ADDR               where /healthz and /readyz are served; default ":8080"
-//	LOG_LEVEL                 debug, info, warn or error; default info
+//	DISK_FREE                 percent of the file system that captures leave free; default 15
 //
-// One goroutine owns the state, (*controller).loop. Whatever happens reaches it as a message: a change of the
-// watch, the report of a child, a timer. After each one it compares what the annotations ask for with what runs,
-// and does what is missing. Everything else only carries messages to it or away from it.
+// Two kinds of goroutine do the work. One follows the node's pods, and starts and stops captures as the annotations
+// ask: (*podWatch).follow. Each capture has one of its own, which lives from the annotation to the last deleted
+// file: (*capture).live. Who has read these two knows the program.
 package main
 
 import (
@@ -33,6 +35,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,9 +50,11 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -57,306 +62,337 @@ import (
 )
 
 const (
-	annotation       = "tcpdump.antrea.io"
-	filterAnnotation = "tcpdump.antrea.io/filter"
+	annotation          = "tcpdump.antrea.io"
+	filterAnnotation    = "tcpdump.antrea.io/filter"
+	interfaceAnnotation = "tcpdump.antrea.io/interface"
 
-	// The UID that the kubelet gave to a static Pod, which it reads from a file; the API's is another. The second holds the
-	// same and can't be added to a Pod: with the first alone, who may annotate one Pod could have another captured.
+	// The kubelet gives a static pod a UID of its own, which names its cgroups and stands in the first of these. Anybody may
+	// add that one to a pod and have another pod captured; the second, which holds the same, nobody can add.
 	hashAnnotation   = "kubernetes.io/config.hash"
 	mirrorAnnotation = "kubernetes.io/config.mirror"
 
-	// Of a Pod only the metadata is asked for: it holds the annotations, and spec and status are the larger part.
+	// Of a pod only the metadata is asked for: it holds the annotations, and spec and status are the larger part.
 	metadata     = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 	metadataList = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
-	// podInterface is the only name that containerd and CRI-O let a CNI give the Pod's interface. Left to choose,
-	// tcpdump takes "any" while there is none yet, and then never notices that the Pod is gone.
-	podInterface = "eth0"
+	podInterface = "eth0" // the only name that containerd and CRI-O let a CNI give a pod's interface
 
 	// fileBytes is the most that one file takes: -C 1 is 1,000,000 bytes in every version of tcpdump, checked before
 	// a packet is written, and a packet is at most 262,144 bytes (the default -s) behind a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
-	logBytes  = 64 << 20      // kept from DISK_LIMIT for the container's log: the kubelet's default is 5 times 10 MiB
-	maxN      = math.MaxInt32 // tcpdump reads -W with atoi into an int
-	maxFilter = 4096          // bytes; Linux takes no argument over 128 KiB
+	logBytes  = 64 << 20 // kept from DISK_LIMIT for the container's log: the kubelet's default is 5 times 10 MiB
+	maxFilter = 1024     // bytes: tcpdump compiles that in 0.15 s and 12 MB at worst; 4,096 take 9 s and 110 MB
 
-	birthPoll  = 25 * time.Millisecond   // how often a new Pod's sandbox is looked for: containers start 100 ms after it
-	noNetwork  = 30 * time.Second        // how long a Pod may have no network before that is told
-	slowPoll   = time.Second             // how often room is looked for, and a sandbox that was lost
-	sweepPoll  = 10 * time.Second        // how often every process is looked at, while a sandbox is looked for
-	termGrace  = 2 * time.Second         // from SIGTERM to SIGKILL
-	exitGrace  = 3500 * time.Millisecond // for all captures to end when the program is told to, of 5 s in all
-	flushGrace = time.Second             // for the last Events, after that
-	backoffMax = 30 * time.Second
-	repeatMax  = 5 * time.Minute // an Event that repeats is counted up for this long at most
+	birthPoll   = 25 * time.Millisecond   // how often a pod's network is looked for: containers start 100 ms after it
+	birthTime   = 5 * time.Minute         // for so long; then once a second
+	waitingTime = 30 * time.Second        // how long a pod may have no network before that is told
+	goneTime    = 5 * time.Second         // how long its network may be gone: a pod that is deleted is gone by then
+	emptyTime   = 6 * time.Minute         // how long a pod may have no process: CRI-O's crash loops wait up to 5 minutes
+	lastPackets = 3 * time.Second         // how long tcpdump goes on without the pod's eth0: it reads its ring every second
+	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
+	exitGrace   = 3500 * time.Millisecond // for all captures to end when the program is told to, of 5 s in all
+	flushGrace  = time.Second             // for the last Events, after that
+	compileTime = 5 * time.Second         // for tcpdump to compile a filter
+	repeatTime  = 5 * time.Minute         // in which a Warning that stays the same is told once
+	healthTime  = 30 * time.Second        // for a change of a pod to be applied
 )
 
 var (
-	restartBackoff = backoff{least: 125 * time.Millisecond, most: 250 * time.Millisecond} // of tcpdump
-	// Of requests: an API server that loses 5,000 nodes at once is to see fewer than 500 requests a second from then on.
-	// So the first wait spreads the nodes over 30 s, and the later ones, of 27 to 30 s, keep them spread (TestHerd).
-	requestBackoff = backoff{least: 800 * time.Millisecond, most: backoffMax}
-	// Until the program has watched for the first time: nodes start one by one, and nothing is captured yet.
-	startBackoff = backoff{least: 800 * time.Millisecond, most: 1600 * time.Millisecond}
+	requestBackoff = backoff{least: 800 * time.Millisecond, most: 30 * time.Second} // like client-go's
+	startBackoff   = backoff{least: 800 * time.Millisecond, most: 3 * time.Second}  // until the first watch: nodes start one by one
+	tcpdumpBackoff = backoff{least: 125 * time.Millisecond, most: 30 * time.Second}
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	cfg, err := readConfig(os.Getenv)
-	if err == nil {
-		err = run(ctx, cfg)
-	}
-	if err != nil {
-		slog.Error("packetcapture can't run", "error", err)
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "packetcapture:", err)
 		os.Exit(1)
 	}
 }
 
-// run is the program. It returns when it can't start, or when ctx has ended and every capture is stopped.
-func run(ctx context.Context, cfg config) error {
-	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
-	c, err := newController(cfg)
+// run is the controller, or with arguments the command that they name.
+func run(ctx context.Context, arguments []string) error {
+	if len(arguments) > 0 {
+		return command(untilStdinEnds(ctx), arguments, "/", os.Stdout, os.Stderr)
+	}
+	cfg, err := readConfig(os.Getenv)
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", cfg.health)
+	n, err := newNode(cfg)
 	if err != nil {
-		return fmt.Errorf("HEALTH_ADDR %q: %w", cfg.health, err)
+		return err
 	}
-	defer listener.Close()
-	slog.Info("packetcapture starts", "node", cfg.node, "api", cfg.api, "diskLimit", cfg.limit)
-	go (&http.Server{Handler: c.health(), ReadHeaderTimeout: 5 * time.Second}).Serve(listener)
-	go c.watch.run(ctx)
-	recording, stopRecording := context.WithCancel(context.Background())
-	recorded := make(chan struct{})
-	go func() { c.recorder.run(recording); close(recorded) }()
-	c.loop(ctx)
-	stopRecording()
-	<-recorded
+	listener, err := net.Listen("tcp", ":8080")
+	if err != nil {
+		return fmt.Errorf("serving /healthz and /readyz: %w", err)
+	}
+	server := n.health()
+	go server.Serve(listener)
+	defer server.Close()
+	slog.Info("packetcapture starts", "node", n.nodeName, "api", n.api, "files", n.disk.limit)
+	n.run(ctx)
 	slog.Info("packetcapture ends")
 	return nil
 }
 
 // config is what the program is told from outside; the folders are other ones in tests.
 type config struct {
-	node, pod, namespace string // this Pod's
-	api, health          string
-	account              string // folder with the service account's token, ca.crt and namespace
-	proc                 string // where the host's processes are
-	root                 string // folder that the files land in
-	limit                int64  // bytes that the files may take together
-	logLevel             slog.Level
+	nodeName, podName, podNamespace string // this pod's
+	api, account                    string // its address; folder with the service account's token, ca.crt and namespace
+	proc, root                      string // where the host's processes are, and where the files go
+	diskLimit                       int64  // bytes that the files may take together
+	diskFree                        int64  // percent of the file system that they leave free
 }
 
 // readConfig names what is missing or wrong: none of it can mend itself while the program runs.
 func readConfig(getenv func(string) string) (cfg config, err error) {
-	// Without a node, spec.nodeName= would select the Pods that no node has.
+	// Without a node, spec.nodeName= would select the pods that no node has.
 	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
 		if getenv(name) == "" {
 			return cfg, fmt.Errorf("%s is empty: it must be set, as it is by daemonset.yaml and Kubernetes", name)
 		}
 	}
+	number := func(name string, standard, least, most int64) int64 {
+		value := cmp.Or(getenv(name), strconv.FormatInt(standard, 10))
+		n, parsing := strconv.ParseInt(value, 10, 64)
+		if parsing != nil || n < least || n > most {
+			err = fmt.Errorf("%s is %s: it must be a number from %d to %d", name, quote(value), least, most)
+		}
+		return n
+	}
 	hostname, _ := os.Hostname()
 	cfg = config{
-		node: getenv("NODE_NAME"), pod: cmp.Or(getenv("POD_NAME"), hostname), proc: "/proc", root: "/",
-		api:     "https://" + net.JoinHostPort(getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")),
-		account: "/var/run/secrets/kubernetes.io/serviceaccount",
-		limit:   math.MaxInt64, health: cmp.Or(getenv("HEALTH_ADDR"), ":8080"),
+		nodeName: getenv("NODE_NAME"), podName: cmp.Or(getenv("POD_NAME"), hostname), proc: "/proc", root: "/",
+		api:       "https://" + net.JoinHostPort(getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")),
+		account:   "/var/run/secrets/kubernetes.io/serviceaccount",
+		diskLimit: number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64) - logBytes,
+		diskFree:  number("DISK_FREE", 15, 0, 99),
 	}
-	if limit := getenv("DISK_LIMIT"); limit != "" {
-		if cfg.limit, err = strconv.ParseInt(limit, 10, 64); err != nil || cfg.limit <= logBytes {
-			return cfg, fmt.Errorf("DISK_LIMIT is %q: it must be a number of bytes above %d", limit, logBytes)
-		}
-		cfg.limit -= logBytes
-	}
-	if level := getenv("LOG_LEVEL"); level != "" {
-		if err := cfg.logLevel.UnmarshalText([]byte(level)); err != nil {
-			return cfg, fmt.Errorf("LOG_LEVEL is %q: it must be debug, info, warn or error", level)
-		}
-	}
-	return cfg, nil
+	return cfg, err
 }
 
-// ---- The watch: a list, then its changes, for as long as the program runs ----
+// node is what follow and the captures share.
+type node struct {
+	config
+	kube      *kube
+	processes *processes
+	disk      *disk
+	events    *events
+	start     starter        // of tcpdump; another one in tests
+	alive     sync.WaitGroup // captures whose files are not deleted yet
+	listed    atomic.Bool    // the first list has been applied
+	applying  atomic.Int64   // since when follow applies a change, in Unix nanoseconds; 0 while it waits for one
+}
 
-// pod is what the program keeps of a Pod: who it is, and what its annotations say, unchecked.
+func newNode(cfg config) (*node, error) {
+	namespace, err := os.ReadFile(filepath.Join(cfg.account, "namespace"))
+	if err != nil {
+		return nil, fmt.Errorf("the service account, which the DaemonSet mounts: %w", err)
+	}
+	cfg.podNamespace = string(namespace)
+	ps, err := newProcesses(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("the host's namespaces, which need hostPID, CAP_SYS_PTRACE, and on a node with AppArmor "+
+			"a profile that allows ptrace (Unconfined; RuntimeDefault denies it): %w", err)
+	}
+	leftover, _ := findFiles(cfg.root, isCapture)
+	if err := removeFiles(leftover); err != nil {
+		return nil, fmt.Errorf("deleting the files of an earlier run: %w", err)
+	}
+	k := newKube(cfg.api, cfg.account)
+	return &node{config: cfg, kube: k, processes: ps, disk: newDisk(cfg), events: newEvents(k, cfg.nodeName), start: start}, nil
+}
+
+// run captures until ctx ends. Then every capture ends, side by side, and what is left of the Events is posted.
+func (n *node) run(ctx context.Context) {
+	recording, stopRecording := context.WithCancel(context.Background())
+	recorded, gone := make(chan struct{}), make(chan struct{})
+	go func() { n.events.record(recording); close(recorded) }()
+	newPodWatch(n).follow(ctx)
+	go func() { n.alive.Wait(); close(gone) }()
+	select {
+	case <-gone:
+	case <-time.After(exitGrace):
+		slog.Warn("a tcpdump does not end: its files stay")
+	}
+	stopRecording()
+	<-recorded
+}
+
+// health serves /healthz and /readyz. The API server matters for neither.
+func (n *node) health() *http.Server {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) {
+		if since := n.applying.Load(); since != 0 && time.Since(time.Unix(0, since)) > healthTime {
+			http.Error(w, fmt.Sprintf("a change of a pod is not applied after %v", healthTime), http.StatusServiceUnavailable)
+		}
+	})
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, r *http.Request) {
+		if !n.listed.Load() {
+			http.Error(w, "the first list is still to come", http.StatusServiceUnavailable)
+		}
+	})
+	return &http.Server{Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+}
+
+// ---- Follow: a list of the node's pods, then its changes, and what their annotations ask for ----
+
+// pod is what the program keeps of a pod: who it is, and what its annotations say, unchecked.
 type pod struct {
 	namespace, name, uid string
-	kubeletUID           string // names its cgroups, and its Events: a static Pod's is not the API's UID
-	annotated            bool
-	value, filter        string
+	kubeletUID           string // names its cgroups, and its Events: a static pod's is not the API's UID
+	annotated, hasIface  bool
+	value, filter, iface string
 }
 
-// change is a message of the watch: the annotated Pods of a whole list, or one Pod that changed or is gone.
-type change struct {
-	kind string // LISTED, or as in the API: ADDED, MODIFIED, DELETED
-	pods []pod
+// request is what a pod's annotations ask for, checked.
+type request struct {
+	n      int    // files to rotate through
+	filter string // a pcap filter; "": every packet
+	iface  string // "": eth0, or any for a pod with the host's network
 }
 
-// podWatch follows the node's Pods. It is in one of two states: it must list, or (fresh) it may watch from version.
-// A list makes it fresh, and 410 Gone, which comes as an answer or as an event, makes it list again: the server no longer
-// has the history since then. Any trouble is waited out, so that many nodes don't return at once, and the watch goes on
-// from version: the captures never notice.
+// followed is what follow keeps of an annotated pod.
+type followed struct {
+	pod             // as it was seen last
+	running request // what its capture was started for; zero: none was
+	stop    context.CancelFunc
+}
+
+// podWatch follows the pods of its node. It is in one of two states: it must list, or (listed) it watches from version.
+//
+//	list   done                   -> watch
+//	list   410, 504               -> list whatever is stored: the server can't serve that version
+//	watch  ended in time          -> watch
+//	watch  410, or as an ERROR    -> list: the server has no history since that version
+//	either any trouble            -> the same again, after a wait
+//
+// Captures never notice any of it.
 type podWatch struct {
-	kube      *kube
-	node      string
-	changes   chan<- change
-	version   string // resourceVersion of the last list or event, opaque: a place in the API's history; "0" at first: any
-	fresh     bool
-	known     map[string]pod // the annotated Pods, by namespace/name, as they were sent
+	*node
+	captures  map[string]*followed // by pod UID: a pod that is recreated under its name is another pod
+	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache
+	current   bool                 // version is one to watch from
 	retry     backoff
-	complaint string // the last error that was logged: nothing is said twice
+	gone      time.Time // when a 410 was answered with a list at once
+	unproven  bool      // the last watch was accepted, and failed at once
+	complaint string    // the last error that was logged: nothing is said twice
+	compiled  request   // the last one whose filter tcpdump took
 }
 
-func (w *podWatch) run(ctx context.Context) {
+func newPodWatch(n *node) *podWatch {
+	return &podWatch{node: n, captures: map[string]*followed{}, version: "0", retry: startBackoff}
+}
+
+// follow returns when ctx ends. All captures hang on ctx, never on a request's.
+func (w *podWatch) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		next, doing := w.list, "listing pods"
-		if w.fresh {
+		if w.current {
 			next, doing = w.watch, "watching pods"
 		}
-		err := next(ctx)
-		if err == nil || ctx.Err() != nil {
-			continue
-		}
-		if isStatus(err, http.StatusGone) {
-			w.fresh = false
-		}
-		cause := err.Error()
-		if network := new(net.OpError); errors.As(err, &network) {
-			cause = network.Err.Error() // without the port, which differs each time
-		}
-		wait := w.retry.next(err)
-		if isStatus(err, http.StatusForbidden) { // only a person can mend it
-			wait = backoffMax + wait/10
-		}
-		if w.complaint != cause {
-			w.complaint = cause
-			slog.Warn("the Pods can't be watched, captures go on", "error", fmt.Errorf("%s: %w", doing, err), "retryIn", wait)
-		}
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
+		if err := next(ctx); err != nil && ctx.Err() == nil {
+			sleep(ctx, w.failed(fmt.Errorf("%s: %w", doing, err)))
 		}
 	}
 }
 
-// list sends the annotated Pods of the node. A version that the server can't serve is dropped, so that the next try
-// reads what is stored. It never sets a limit, which would bypass the server's cache.
-func (w *podWatch) list(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	query := url.Values{"fieldSelector": {"spec.nodeName=" + w.node}}
+// failed notes what went wrong, says it once, and returns how long to wait before asking again.
+func (w *podWatch) failed(err error) (wait time.Duration) {
+	if isStatus(err, http.StatusGone) {
+		w.current = false
+		if time.Since(w.gone) > time.Second {
+			w.gone = time.Now()
+			return 0
+		}
+	}
+	wait = w.retry.next(err)
+	if isStatus(err, http.StatusForbidden) { // only a person can mend it
+		wait = 30*time.Second + wait/10
+	}
+	cause := err.Error()
+	if network := new(net.OpError); errors.As(err, &network) {
+		cause = network.Err.Error() // without the port, which differs each time
+	}
+	if w.complaint != cause {
+		w.complaint = cause
+		slog.Warn("the pods can't be watched, captures go on", "error", err, "retryIn", wait)
+	}
+	return wait
+}
+
+// ask sends a list or a watch; the caller closes the answer.
+func (w *podWatch) ask(ctx context.Context, accept string, query url.Values) (io.ReadCloser, error) {
+	query.Set("fieldSelector", "spec.nodeName="+w.nodeName)
 	if w.version != "" {
 		query.Set("resourceVersion", w.version)
 	}
-	all := change{kind: "LISTED"}
-	for {
-		page, err := w.page(ctx, query, &all.pods)
-		if isStatus(err, http.StatusGone, http.StatusGatewayTimeout) {
-			w.version = ""
-		}
-		if err != nil {
-			return err
-		}
-		if page.Continue == "" {
-			slog.Debug("listed", "annotated", len(all.pods), "resourceVersion", page.ResourceVersion)
-			if err := w.send(ctx, all); err != nil {
-				return err
-			}
-			w.known = map[string]pod{}
-			for _, p := range all.pods {
-				w.known[p.namespace+"/"+p.name] = p
-			}
-			w.version, w.fresh = page.ResourceVersion, true
-			return nil
-		}
-		query.Del("resourceVersion") // the token has its own
-		query.Set("continue", page.Continue)
-	}
+	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), accept, nil)
 }
 
-// page appends a page's annotated Pods. It reads them one by one: of a list of 10 MB only these take memory.
-func (w *podWatch) page(ctx context.Context, query url.Values, annotated *[]pod) (page listMetadata, err error) {
-	response, err := w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), metadataList, nil)
+// list applies the node's pods: what the list does not hold is stopped, what it holds goes on. It sets no limit, which
+// would bypass the server's cache.
+func (w *podWatch) list(ctx context.Context) error {
+	asking, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	answer, err := w.ask(asking, metadataList, url.Values{})
+	if isStatus(err, http.StatusGone, http.StatusGatewayTimeout) {
+		w.version = ""
+	}
 	if err != nil {
-		return page, err
-	}
-	defer response.Body.Close()
-	decoder := json.NewDecoder(response.Body)
-	begin, err := decoder.Token()
-	if err == nil && begin != json.Delim('{') {
-		err = fmt.Errorf("the list begins with %v", begin)
-	}
-	for err == nil && decoder.More() {
-		key, _ := decoder.Token() // what is wrong with it, the next call says
-		switch key {
-		case "metadata":
-			err = decoder.Decode(&page)
-		case "items":
-			err = readItems(decoder, annotated)
-		default:
-			err = decoder.Decode(new(json.RawMessage))
-		}
-	}
-	if err == nil {
-		_, err = decoder.Token() // its end: a list that is cut is none
-	}
-	if err == nil && page.ResourceVersion == "" {
-		err = errors.New("the list has no resourceVersion")
-	}
-	return page, err
-}
-
-func readItems(decoder *json.Decoder, annotated *[]pod) error {
-	begin, err := decoder.Token()
-	switch {
-	case err != nil || begin == nil: // null, when there are none
 		return err
-	case begin != json.Delim('['):
-		return fmt.Errorf("the list's items begin with %v", begin)
 	}
-	for decoder.More() {
-		var o object
-		if err := decoder.Decode(&o); err != nil {
-			return err
-		}
-		if p := o.pod(); p.annotated {
-			*annotated = append(*annotated, p)
+	defer answer.Close()
+	var l podList
+	if err := json.NewDecoder(answer).Decode(&l); err != nil {
+		return err
+	}
+	if l.Metadata.ResourceVersion == "" {
+		return errors.New("the list has no resourceVersion")
+	}
+	there := map[string]bool{}
+	for _, o := range l.Items {
+		there[o.Metadata.UID] = true
+		w.apply(ctx, o.pod())
+	}
+	for uid := range w.captures {
+		if !there[uid] {
+			w.forget(uid)
 		}
 	}
-	_, err = decoder.Token() // its end
-	return err
+	w.version, w.current = l.Metadata.ResourceVersion, true
+	w.listed.Store(true)
+	return nil
 }
 
-// watch reads changes until the server ends it, which it is asked to do after 5 to 10 minutes, so that the watches of
-// many nodes spread; 30 s later it ends in any case. It returns nil when it ended as agreed.
+// watch applies changes until the server ends it, which it is asked to do after 5 to 10 minutes, so that the watches
+// of many nodes spread; 30 s later it ends in any case. It returns nil when it ended as agreed.
 func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
-	ctx, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
+	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
 	defer cancel()
-	query := url.Values{
-		"fieldSelector": {"spec.nodeName=" + w.node}, "watch": {"true"}, "resourceVersion": {w.version},
-		"allowWatchBookmarks": {"true"}, "timeoutSeconds": {strconv.Itoa(limit)},
-	}
-	response, err := w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), metadata, nil)
+	answer, err := w.ask(asking, metadata,
+		url.Values{"watch": {"true"}, "allowWatchBookmarks": {"true"}, "timeoutSeconds": {strconv.Itoa(limit)}})
 	if err != nil {
 		return err
 	}
-	defer response.Body.Close()
-	slog.Debug("watching", "resourceVersion", w.version, "seconds", limit)
+	defer answer.Close()
+	if !w.unproven { // else a 200 says nothing
+		w.recovered()
+	}
 	began, proven := time.Now(), false
-	for decoder := json.NewDecoder(response.Body); err == nil; {
-		var e watchEvent
-		if err = decoder.Decode(&e); err == nil {
-			err = w.heed(ctx, e)
-			proven = proven || err == nil
+	for decoder := json.NewDecoder(answer); err == nil; {
+		err = w.next(ctx, decoder)
+		// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
+		if proven = proven || err == nil || time.Since(began) >= time.Second; proven {
+			w.recovered()
+			w.retry = requestBackoff
 		}
 	}
-	// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
-	if proven = proven || time.Since(began) >= time.Second; proven {
-		w.retry = requestBackoff
-	}
+	w.unproven = !proven
 	switch {
 	case err != io.EOF:
 		return err
@@ -366,808 +402,796 @@ func (w *podWatch) watch(ctx context.Context) error {
 	return nil
 }
 
-// heed passes an event on and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
-func (w *podWatch) heed(ctx context.Context, e watchEvent) error {
-	o := &e.Object
-	if e.Type == "ERROR" {
-		return &statusError{Code: o.Code, Message: o.Message}
-	}
-	version := o.Metadata.ResourceVersion
-	if version == "" {
-		return errors.New("an event has no resourceVersion")
-	}
-	slog.Debug("event", "type", e.Type, "namespace", o.Metadata.Namespace, "pod", o.Metadata.Name, "resourceVersion", version)
-	if e.Type != "BOOKMARK" {
-		if err := w.pass(ctx, e.Type, o.pod()); err != nil {
-			return err
-		}
-	}
-	if w.version = version; w.complaint != "" {
+// recovered says that the watch is back after trouble.
+func (w *podWatch) recovered() {
+	if w.complaint != "" {
 		w.complaint = ""
-		slog.Info("the Pods are watched again")
+		slog.Info("the pods are watched again")
 	}
-	return nil
 }
 
-// pass sends a change on if it is about a capture. Most are not: the kubelet's, of the status.
-func (w *podWatch) pass(ctx context.Context, kind string, p pod) error {
-	name := p.namespace + "/" + p.name
-	known, isKnown := w.known[name]
-	stays := p.annotated && kind != "DELETED"
-	if stays && p == known || !stays && !isKnown {
-		return nil
-	}
-	if err := w.send(ctx, change{kind, []pod{p}}); err != nil {
+// next applies the next event and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
+func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
+	var e watchEvent // a new one each time: decoding leaves alone what an event does not name
+	if err := decoder.Decode(&e); err != nil {
 		return err
 	}
+	version := e.Object.Metadata.ResourceVersion
 	switch {
-	case stays:
-		w.known[name] = p
-	case kind != "DELETED" || p.uid == known.uid: // it may be a predecessor that is gone
-		delete(w.known, name)
+	case e.Type == "ERROR":
+		return &statusError{Code: e.Object.Code, Message: e.Object.Message}
+	case version == "":
+		return errors.New("an event has no resourceVersion")
+	case e.Type == "ADDED" || e.Type == "MODIFIED":
+		w.apply(ctx, e.Object.pod())
+	case e.Type == "DELETED":
+		w.forget(e.Object.Metadata.UID)
+	}
+	w.version = version
+	return nil
+}
+
+// apply starts, changes or stops a pod's capture as its annotations ask. Annotations that make no sense are told, and
+// leave alone what runs.
+func (w *podWatch) apply(ctx context.Context, p pod) {
+	w.applying.Store(time.Now().UnixNano())
+	defer w.applying.Store(0)
+	if !p.annotated {
+		w.forget(p.uid)
+		return
+	}
+	f := w.captures[p.uid]
+	if f == nil {
+		f = &followed{stop: func() {}}
+		w.captures[p.uid] = f
+	}
+	if f.pod == p {
+		return
+	}
+	f.pod = p
+	asked, err := w.check(ctx, p)
+	switch {
+	case err != nil && f.running.n > 0:
+		w.events.tell(p, "Warning", "CaptureInvalid", err.Error()+"; the capture that runs goes on as it was")
+	case err != nil:
+		w.events.tell(p, "Warning", "CaptureInvalid", err.Error()+"; nothing is captured")
+	case asked != f.running:
+		f.stop()
+		f.running, f.stop = asked, w.begin(ctx, p, asked)
+	}
+}
+
+// forget stops the capture of a pod that is no longer annotated, or gone.
+func (w *podWatch) forget(uid string) {
+	if f := w.captures[uid]; f != nil {
+		f.stop()
+		delete(w.captures, uid)
+	}
+}
+
+// begin starts a capture and returns what stops it. The one that it replaces, if any, ends meanwhile: it waits for its name.
+func (w *podWatch) begin(ctx context.Context, p pod, asked request) context.CancelFunc {
+	ctx, stop := context.WithCancel(ctx)
+	c := &capture{node: w.node, pod: p, asked: asked, told: map[string]time.Time{}}
+	w.alive.Go(func() {
+		defer stop()
+		c.live(ctx)
+	})
+	return stop
+}
+
+var interfaceName = regexp.MustCompile(`^[a-zA-Z0-9._][a-zA-Z0-9._-]{0,14}$`)
+
+// check says what a pod's annotations ask for, or what was read and what is accepted. tcpdump itself takes "5abc" for 5.
+func (w *podWatch) check(ctx context.Context, p pod) (asked request, err error) {
+	n, err := strconv.Atoi(p.value)
+	asked = request{n, strings.TrimSpace(p.filter), p.iface}
+	isControl := func(r rune) bool { return !unicode.IsPrint(r) }
+	switch {
+	case err != nil || n < 1 || n > w.disk.limit || p.value != strconv.Itoa(n):
+		return asked, fmt.Errorf("the annotation %s is %s: accepted is the number of files to rotate through, "+
+			"a plain decimal number from 1 to %d", annotation, quote(p.value), w.disk.limit)
+	case p.hasIface && !interfaceName.MatchString(p.iface):
+		return asked, fmt.Errorf("the annotation %s is %s: accepted is the name of a network interface, or any, at most 15 "+
+			"characters of a-z A-Z 0-9 . _ -, not beginning with -", interfaceAnnotation, quote(p.iface))
+	case strings.ContainsFunc(asked.filter, isControl) || len(asked.filter) > maxFilter:
+		return asked, fmt.Errorf("the annotation %s is %s (%d bytes): accepted is a pcap filter expression, a line of "+
+			"printable text of at most %d bytes", filterAnnotation, quote(asked.filter), len(asked.filter), maxFilter)
+	case asked.filter == "" || asked.filter == w.compiled.filter && asked.iface == w.compiled.iface:
+		return asked, nil // the pods of a Deployment have the same filter
+	}
+	if err := w.compile(ctx, asked); err != nil {
+		return asked, fmt.Errorf("the annotation %s is %s, which is refused (%w): accepted is a pcap filter expression, in which "+
+			"hosts and ports are numbers", filterAnnotation, quote(asked.filter), err)
+	}
+	w.compiled = asked
+	return asked, nil
+}
+
+// compile has tcpdump compile a filter, without a device. It is refused only if tcpdump says so: where tcpdump can't
+// run now, the capture will tell. No name is looked up on the way: see dnsConfig in daemonset.yaml.
+func (n *node) compile(ctx context.Context, asked request) error {
+	ctx, cancel := context.WithTimeout(ctx, compileTime)
+	defer cancel()
+	link, said := "EN10MB", newStderr()
+	if asked.iface == "any" {
+		link = "LINUX_SLL2"
+	}
+	child, err := n.start(ctx, said, nil, "tcpdump", "-y", link, "-d", "--", asked.filter)
+	if err != nil || child.wait() == nil {
+		return nil
+	}
+	if ctx.Err() == context.DeadlineExceeded { // and not the end of the program
+		return fmt.Errorf("it takes longer than %v to compile", compileTime)
+	}
+	if complaint := said.complaint(); complaint != "" {
+		return errors.New(complaint)
 	}
 	return nil
 }
 
-func (w *podWatch) send(ctx context.Context, c change) error {
-	select {
-	case w.changes <- c:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+// ---- A capture, from its start to its last file ----
+
+// capture is one capture of one pod. Only its own goroutine uses it.
+type capture struct {
+	*node
+	pod
+	asked   request
+	stem    string               // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
+	opened  bool                 // tcpdump has captured into these files
+	counted string               // what tcpdump counted when it ended last
+	told    map[string]time.Time // Warnings, and when they were told
 }
 
-// The parts of the API's types that are read.
-type (
-	object struct {
-		Metadata struct {
-			Namespace, Name, UID, ResourceVersion string
-			Annotations                           map[string]string
-		}
-		Code    int // of a Status, the object of ERROR
-		Message string
-	}
-	listMetadata struct{ ResourceVersion, Continue string }
-	watchEvent   struct {
-		Type   string
-		Object object
-	}
+// Why a tcpdump was ended although its capture goes on.
+var (
+	errMoved = errors.New("the pod has a new network")
+	errGone  = errors.New("the pod's network is gone")
+	errFull  = errors.New("the disk is full")
 )
 
-func (o *object) pod() pod {
-	m := &o.Metadata
-	kubeletUID := m.UID
-	if hash := m.Annotations[hashAnnotation]; hash != "" && hash == m.Annotations[mirrorAnnotation] {
-		kubeletUID = hash
-	}
-	value, annotated := m.Annotations[annotation]
-	annotated = annotated && m.UID != "" && !strings.Contains(m.Name, "/") // these become paths
-	return pod{
-		namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: kubeletUID,
-		annotated: annotated, value: value, filter: m.Annotations[filterAnnotation],
-	}
-}
-
-// ---- The state, and the one goroutine that owns it ----
-
-// request is what an annotation asks for. The zero request asks for nothing.
-type request struct {
-	n      int
-	filter string
-}
-
-// bytes is the most that the files of the request can take.
-func (r request) bytes() int64 { return int64(r.n) * fileBytes }
-
-// capture is an annotated Pod, or one whose capture is still to be cleared away. In reconcile, what is asked for
-// meets what there is. Its life:
-//
-//	asked for (want), given room and a name for its files (have), its sandbox is looked for (due),
-//	tcpdump is started (cmd) and says that it listens (started), is told to stop (killAt),
-//	has exited (cmd is nil again), its files are deleted and its room is free (have is zero again)
-//
-// tcpdump that exits by itself goes back to where the sandbox is looked for.
-type capture struct {
-	pod
-	want    request
-	invalid string // why the annotation makes no sense, while it does not
-	refused bool   // tcpdump does not take the filter: nothing is tried until the annotation changes
-	asked   int    // its place among those that wait for room
-	waiting bool   // it waits for room, or for the Pod's network, and that was told
-
-	grant
-	due    time.Time // when its sandbox is looked for
-	cmd    *exec.Cmd // nsenter, which becomes tcpdump; nil when none runs
-	onHost bool      // it captures the host's network
-	killAt time.Time // when SIGKILL follows the SIGTERM that was sent; zero: none was
-	keep   bool      // its files stay when it has been stopped
-	retry  backoff
-	said   string // the last line of the log about it
-}
-
-// grant is the room that a capture was given on the disk, and what became of it.
-type grant struct {
-	have    request   // what it was given for
-	stem    string    // the path of the files without digits: /capture-web.pcap
-	since   time.Time // when it was given
-	started bool      // tcpdump has captured into the files
-	output  *output   // what the last child said
-	failure string    // why it ended, until that is told
-	full    bool      // it was stopped because the disk is full
-}
-
-// controller owns the captures, in loop. Its functions are os/exec's, and other ones in tests.
-type controller struct {
-	config
-	watch     *podWatch
-	recorder  *recorder
-	sandboxes *sandboxes
-	captures  map[string]*capture // by Pod UID: a Pod that is recreated under its name is another Pod
-	asked     int                 // how often something was asked for
-	ending    time.Time           // when the program ends whatever a child does; zero: it was not told to
-
-	changes chan change
-	inbox   chan func()   // what other goroutines have to say; loop runs it
-	over    chan struct{} // closed when nobody listens to the inbox any more
-	ready   atomic.Bool   // the first list is reconciled
-
-	start  func(*exec.Cmd) (stderr io.Reader, err error)
-	wait   func(*exec.Cmd) error // when stderr has ended
-	signal func(*exec.Cmd, os.Signal) error
-}
-
-func newController(cfg config) (*controller, error) {
-	k, err := newKube(cfg.api, cfg.account)
-	if err != nil {
-		return nil, err
-	}
-	namespace, err := os.ReadFile(filepath.Join(cfg.account, "namespace"))
-	if err != nil {
-		return nil, fmt.Errorf("the service account's namespace: %w", err)
-	}
-	cfg.namespace = string(namespace)
-	sandboxes, err := newSandboxes(cfg.proc)
-	if err != nil {
-		return nil, fmt.Errorf("the host's namespaces, which need hostPID and CAP_SYS_PTRACE: %w", err)
-	}
-	leftover, _ := findFiles(cfg.root, isCapture)
-	if err := removeFiles(leftover); err != nil {
-		return nil, fmt.Errorf("deleting the files of an earlier run: %w", err)
-	}
-	changes := make(chan change, 1024) // so that the watch never waits for a start or a stop
-	return &controller{
-		config:    cfg,
-		watch:     &podWatch{kube: k, node: cfg.node, changes: changes, version: "0", retry: startBackoff},
-		recorder:  newRecorder(k, cfg.node),
-		sandboxes: sandboxes, captures: map[string]*capture{},
-		changes: changes, inbox: make(chan func()), over: make(chan struct{}),
-		start: start, wait: (*exec.Cmd).Wait,
-		signal: func(cmd *exec.Cmd, s os.Signal) error { return cmd.Process.Signal(s) },
-	}, nil
-}
-
-// loop is where everything that happens arrives. It returns when ctx has ended and the captures are cleared away.
-func (c *controller) loop(ctx context.Context) {
-	defer close(c.over)
-	changes, done, isListed := c.changes, ctx.Done(), false
-	timer := time.NewTimer(time.Hour)
-	for {
-		select {
-		case change := <-changes:
-			c.apply(change)
-			isListed = isListed || change.kind == "LISTED"
-		case say := <-c.inbox:
-			say()
-		case <-timer.C:
-		case <-done:
-			changes, done = nil, nil
-			c.end()
-		}
-		wait := c.reconcile(time.Now())
-		c.ready.Store(isListed)
-		if !c.ending.IsZero() && (len(c.captures) == 0 || !time.Now().Before(c.ending)) {
+// live is the life of a capture. It returns when ctx has ended, its tcpdump has exited and its files are deleted.
+func (c *capture) live(ctx context.Context) {
+	defer c.clear()
+	for retry := tcpdumpBackoff; c.awaitNetwork(ctx) && c.awaitRoom(ctx); {
+		began := time.Now()
+		err := c.runTcpdump(ctx)
+		if ctx.Err() != nil {
 			return
 		}
-		timer.Reset(wait)
+		if time.Since(began) > retry.most {
+			retry.failures = 0
+		}
+		wait := c.explain(err, &retry)
+		if !c.opened {
+			c.clear() // without files it takes no room
+		}
+		sleep(ctx, wait)
 	}
 }
 
-// say has loop run f: so other goroutines reach the state.
-func (c *controller) say(f func()) {
-	select {
-	case c.inbox <- f:
-	case <-c.over:
+// awaitNetwork returns true when the pod has its network, and false when ctx ends first. Between a pod's network and its
+// first container there is little time, so it looks often.
+func (c *capture) awaitNetwork(ctx context.Context) bool {
+	began, told := time.Now(), false
+	for ctx.Err() == nil {
+		if _, ok := c.processes.find(c.pod); ok {
+			return true
+		}
+		waited, poll := time.Since(began), birthPoll
+		switch {
+		case told:
+		case c.opened && waited >= goneTime:
+			told = true
+			c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod's network is gone, the files stay until the annotation "+
+				"or the pod goes, or the pod has a new network")
+		case !c.opened && waited >= waitingTime:
+			told = true
+			c.warn("CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended", "the capture starts when it has one")
+		}
+		if waited >= birthTime {
+			poll = untilNextSecond()
+		}
+		sleep(ctx, poll)
 	}
+	return false
 }
 
-// end has all captures stopped, side by side.
-func (c *controller) end() {
-	slog.Info("packetcapture is told to end", "captures", len(c.captures))
-	c.ending = time.Now().Add(exitGrace)
-	for _, p := range c.captures {
-		p.release()
-	}
-}
-
-// apply takes over what the watch says. A list is compared: what it does not hold is gone, what it holds goes on.
-func (c *controller) apply(ch change) {
-	stays := map[string]bool{}
-	for _, p := range ch.pods {
-		stays[p.uid] = p.annotated && ch.kind != "DELETED"
-		if stays[p.uid] {
-			c.ask(p)
+// awaitRoom returns true when the capture has a name and room on the disk, and false when ctx ends first. A capture that has both already
+// waits while the disk is full.
+func (c *capture) awaitRoom(ctx context.Context) bool {
+	for told := false; ctx.Err() == nil; {
+		var predecessor <-chan struct{}
+		missing := ""
+		if c.stem == "" {
+			c.stem, predecessor, missing = c.disk.take(c.pod, c.asked.n)
+		} else if c.disk.isFull() {
+			missing = "the disk is full"
+		}
+		if c.stem != "" && missing == "" {
+			return true
+		}
+		if missing != "" && !told {
+			told = true
+			c.warn("CaptureWaiting", "Waiting for room: "+missing, "the capture starts by itself when there is enough")
+		}
+		select {
+		case <-predecessor: // none is a nil channel, on which nothing comes
+		case <-time.After(untilNextSecond()):
+		case <-ctx.Done():
 		}
 	}
-	for uid, p := range c.captures {
-		about := ch.kind == "LISTED" // or of this Pod, or of one that was recreated under its name
-		for _, other := range ch.pods {
-			isName := other.name == p.name && other.namespace == p.namespace
-			about = about || other.uid == uid || isName && ch.kind != "DELETED"
-		}
-		if about && !stays[uid] {
-			p.release()
-		}
-	}
+	return false
 }
 
-// ask notes what a Pod's annotations ask for. If they make no sense, what they asked for before stays.
-func (c *controller) ask(by pod) {
-	p := c.captures[by.uid]
-	if p == nil {
-		p = &capture{retry: restartBackoff}
-		c.captures[by.uid] = p
-	}
-	p.pod = by
-	want, err := parseRequest(p.value, p.filter)
+// explain tells why tcpdump ended although it is still asked for, and returns how long to wait before it is started
+// again. That the network is gone is told by awaitNetwork, if it stays so.
+func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
+	_, hasNetwork := c.processes.find(c.pod)
 	switch {
-	case err == nil && want != p.want:
-		c.asked++
-		p.want, p.asked, p.invalid, p.waiting, p.refused = want, c.asked, "", false, false
-		p.retry.failures = 0
-	case err == nil:
-		p.invalid = ""
-	case p.invalid != err.Error():
-		p.invalid = err.Error()
-		c.tell(p, "Warning", "CaptureInvalid", "%s", p.invalid)
-	}
-}
-
-// release notes that nothing is asked for any more.
-func (p *capture) release() { p.want, p.invalid = request{}, "" }
-
-// parseRequest says what it read and what is accepted when the annotations make no sense. tcpdump itself would take
-// "5abc" for 5.
-func parseRequest(value, filter string) (request, error) {
-	n, err := strconv.ParseInt(value, 10, 64)
-	if err != nil || n < 1 || n > maxN || value != strconv.FormatInt(n, 10) {
-		return request{}, fmt.Errorf("the annotation %s is %.64q: accepted is the number of files to rotate through, "+
-			"a plain decimal number from 1 to %d", annotation, value, maxN)
-	}
-	unprintable := func(r rune) bool { return !unicode.IsPrint(r) }
-	if strings.ContainsFunc(filter, unprintable) || len(filter) > maxFilter {
-		return request{}, fmt.Errorf("the annotation %s is %.64q (%d bytes): accepted is a pcap filter "+
-			"expression, a line of printable text of at most %d bytes", filterAnnotation, filter, len(filter), maxFilter)
-	}
-	return request{int(n), filter}, nil
-}
-
-// reconcile compares what is asked for with what there is, and does what is missing. It may be called at any time,
-// and returns after how long it must be called again if nothing happens before.
-func (c *controller) reconcile(now time.Time) (wait time.Duration) {
-	for uid, p := range c.captures {
-		if p.cmd != nil && (p.want != p.have || !p.killAt.IsZero()) {
-			c.stop(p, now)
-		} else if p.cmd == nil && p.want != p.have {
-			c.clear(p)
-		}
-		if p.want == (request{}) && p.have == (request{}) && p.invalid == "" {
-			delete(c.captures, uid)
-		}
-	}
-	c.admit(now)
-	free := freeBytes(c.root) // full: not even one file fits, nor what the files may still grow
-	full := free < fileBytes && free < c.unwritten()
-	c.launch(now, full)
-	wait = time.Hour
-	for _, p := range c.captures {
-		if full && p.cmd != nil && p.killAt.IsZero() {
-			c.tell(p, "Warning", "CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may "+
-				"be cut; it is started again, at the first file, when there is room")
-			p.full, p.keep = true, true
-			c.stop(p, now)
-		}
-		wait = min(wait, slowPoll) // for room on the disk, or a disk that fills up
-		for _, at := range []time.Time{p.due, p.killAt, c.ending} {
-			if at.After(now) {
-				wait = min(wait, at.Sub(now))
-			}
-		}
+	case errors.Is(err, errMoved):
+		c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on")
+	case errors.Is(err, errFull):
+		c.warn("CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may be cut",
+			"it is started again, at the first file, when there is room")
+	case hasNetwork && !errors.Is(err, errGone):
+		wait = retry.next(nil)
+		c.warn("CaptureFailed", err.Error(), fmt.Sprintf("it is tried again in %v", wait.Round(100*time.Millisecond)))
 	}
 	return wait
 }
 
-// stop sends SIGTERM, and SIGKILL to a child that does not heed it. Its files go when it has exited, never before.
-func (c *controller) stop(p *capture, now time.Time) {
-	switch {
-	case p.killAt.IsZero():
-		c.signal(p.cmd, syscall.SIGTERM) // fails when it has ended: then it is about to be said
-	case !now.Before(p.killAt):
-		slog.Warn("tcpdump does not heed SIGTERM and is killed", p.log()...)
-		c.signal(p.cmd, syscall.SIGKILL)
-	default:
+// clear deletes the files, which no tcpdump writes any more, and gives name and room back.
+func (c *capture) clear() {
+	if c.stem == "" {
 		return
 	}
-	p.killAt = now.Add(termGrace)
+	files, bytes := findFiles(c.root, func(name string) bool { return ownsFile(c.stem, name) })
+	if err := removeFiles(files); err != nil {
+		slog.Error("files can't be deleted", "namespace", c.namespace, "pod", c.name, "error", err)
+	}
+	if c.opened {
+		c.tell("CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, bytes))
+	}
+	c.disk.give(c.stem)
+	c.stem, c.opened = "", false
 }
 
-// clear deletes the files of a capture that has no child, and gives its room back.
-func (c *controller) clear(p *capture) {
-	if p.have == (request{}) {
-		return
+// tellStarted is called once tcpdump captures.
+func (c *capture) tellStarted(s sandbox, said *stderr) {
+	what, warnings := "Capturing into "+fileNames(c.stem, c.asked.n)+", rotated at 1 MB, in "+c.podNamespace+"/"+c.podName, []string{}
+	if c.asked.iface != "" {
+		what += "; the interface is " + c.asked.iface
 	}
-	files, bytes := findFiles(c.root, p.owns)
-	if err := removeFiles(files); err != nil { // it is tried again, and keeps its room until then
-		c.tell(p, "Warning", "CaptureFailed", "Its files can't be deleted: %v", err)
-		return
+	if c.asked.filter != "" {
+		what += "; the filter is " + quote(c.asked.filter)
 	}
-	if p.started {
-		c.tell(p, "Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", p.output.counts(), bytes)
+	if s.isHost {
+		warnings = append(warnings, "this pod has the host's network, so the files hold the whole node's traffic")
 	}
-	p.grant = grant{}
-}
-
-// admit gives room and a name to the captures that wait for it, in the order in which they were asked for, so that
-// no large one is overtaken for ever.
-func (c *controller) admit(now time.Time) {
-	var queue []*capture
-	var taken int64
-	for _, p := range c.captures {
-		taken += p.have.bytes()
-		if p.want != (request{}) && p.have == (request{}) && !p.refused {
-			queue = append(queue, p)
-		}
+	if c.opened {
+		warnings = append(warnings, "tcpdump began again at the first file, and the packets in that one are lost")
 	}
-	if len(queue) == 0 {
-		return // without a look at the disk
+	if said.warning != "" {
+		warnings = append(warnings, "tcpdump says: "+said.warning)
 	}
-	slices.SortFunc(queue, func(a, b *capture) int { return cmp.Compare(a.asked, b.asked) })
-	room := min(c.limit-taken, freeBytes(c.root)-c.unwritten())
-	most := room + taken // if nothing else were captured here
-	for _, p := range queue {
-		stem, free := c.stemFor(p)
-		need := p.want.bytes()
-		if free && need <= room {
-			room -= need
-			p.grant, p.due, p.waiting = grant{have: p.want, stem: stem, since: now}, now, false
-			continue
-		}
-		if need > room && !p.waiting {
-			p.waiting = true
-			what := "it starts by itself when those that were asked for before have their room, and there is enough"
-			if need > most {
-				what = "it never has: ask for fewer"
-			}
-			c.tell(p, "Warning", "CaptureWaiting", "Waiting for room: %d files can take %d bytes, and all captures of this node "+
-				"together may take %d; %s", p.want.n, need, most, what)
-		}
-		if need > room && need <= most { // those behind it wait too; one that never fits is passed
-			room = 0
-		}
+	if c.opened = true; len(warnings) > 0 {
+		c.warn("CaptureStarted", what, strings.Join(warnings, "; "))
+	} else {
+		c.tell("CaptureStarted", what)
 	}
 }
 
-// unwritten is how many bytes the captures may still write into the room that they have.
-func (c *controller) unwritten() (bytes int64) {
-	for _, p := range c.captures {
-		bytes += p.have.bytes()
-	}
-	_, written := findFiles(c.root, isCapture)
-	return bytes - written
-}
+// tell writes a line of the log and an Event of the pod.
+func (c *capture) tell(reason, message string) { c.events.tell(c.pod, "Normal", reason, message) }
 
-// stemFor is the path of a capture's files without the digits, and whether no capture has it. A name that a Pod of
-// another namespace uses gets the Pod's UID behind a "_", which is in no Pod name. One that is used by the Pod's
-// predecessor is soon free.
-func (c *controller) stemFor(p *capture) (stem string, free bool) {
-	plain := filepath.Join(c.root, "capture-"+p.name+".pcap")
-	stem, free = plain, true
-	for _, other := range c.captures { // at most one has it
-		if other.stem == plain {
-			stem = filepath.Join(c.root, fmt.Sprintf("capture-%s_%.8s.pcap", p.name, p.uid))
-			free = other.namespace != p.namespace
-		}
-	}
-	return stem, free
-}
-
-// isLooking reports whether the capture's sandbox must be looked for: there is no child, or one in the host's
-// network, which does not go away when the Pod does.
-func (p *capture) isLooking() bool {
-	return p.have != (request{}) && p.have == p.want && p.killAt.IsZero() && (p.cmd == nil || p.onHost)
-}
-
-// launch looks for the sandboxes that are due, all in one look at /proc, and starts tcpdump in them unless the disk is
-// full.
-func (c *controller) launch(now time.Time, full bool) {
-	var due []*capture
-	wanted := map[string]bool{}
-	for _, p := range c.captures {
-		if p.isLooking() && !now.Before(p.due) {
-			due = append(due, p)
-			wanted[p.kubeletUID] = true
-		}
-	}
-	if len(due) == 0 {
-		return
-	}
-	found := c.sandboxes.find(wanted, now)
-	for _, p := range due {
-		p.due = now.Add(slowPoll)
-		b := found[p.kubeletUID]
-		switch {
-		case b != nil && p.cmd == nil && !full:
-			c.capture(p, b, now)
-		case b != nil && p.cmd == nil && !p.full: // the disk filled up between its room and its start
-			p.full = true
-			c.tell(p, "Warning", "CaptureWaiting", "Waiting for room: the disk is full; it starts by itself when there is enough")
-		case b == nil && p.cmd != nil: // the last process of a Pod in the host's network has ended
-			p.keep = true
-			c.stop(p, now)
-		case b == nil && p.failure != "":
-			p.failure = ""
-			c.tell(p, "Normal", "CaptureStopped", "Stopped: %s; the Pod's network is gone, the files stay until the "+
-				"annotation or the Pod goes, or the Pod has a new network", p.output.counts())
-		case b == nil && !p.started:
-			p.due = now.Add(birthPoll)
-			if !p.waiting && now.Sub(p.since) > noNetwork {
-				p.waiting = true
-				c.tell(p, "Warning", "CaptureWaiting", "Waiting for the Pod's network: it does not run yet, or has ended; the "+
-					"capture starts when it has one")
-			}
-		}
-	}
-	for _, b := range found {
-		b.network.Close()
+// warn tells what a person should see, unless it did so a short time ago. Only the detail may differ then.
+func (c *capture) warn(reason, message, detail string) {
+	if at, ok := c.told[message]; !ok || time.Since(at) >= repeatTime {
+		c.told[message] = time.Now()
+		c.events.tell(c.pod, "Warning", reason, message+"; "+detail)
 	}
 }
 
-// ---- A capture: from nsenter's start to tcpdump's end ----
+// ---- tcpdump: one run of it ----
 
-// capture starts tcpdump in a sandbox, whose file the caller closes.
-func (c *controller) capture(p *capture, b *sandbox, now time.Time) {
-	if p.failure != "" && !p.full {
-		what := "tcpdump ended by itself (%s) and is started again"
-		if p.started {
-			what += ", at the first file: the packets in that one are lost"
-		}
-		c.tell(p, "Warning", "CaptureFailed", what, p.failure)
+// runTcpdump captures in the pod's network, and returns why that ended. Every second it looks whether it still should.
+func (c *capture) runTcpdump(ctx context.Context) error {
+	s, ok := c.processes.find(c.pod)
+	if !ok {
+		return errGone
 	}
-	p.failure, p.full = "", false
-	p.onHost = b.isHost
-	cmd := exec.Command("nsenter", p.arguments()...)
-	cmd.ExtraFiles = []*os.File{b.network} // descriptor 3 there
-	output := &output{began: now, onListen: func() { c.say(func() { c.listening(p, cmd) }) }}
-	stderr, err := c.start(cmd)
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	said := newStderr()
+	tcpdump, err := c.startTcpdump(ctx, s, said)
 	if err != nil {
-		p.due = now.Add(p.retry.next(nil))
-		c.tell(p, "Warning", "CaptureFailed", "tcpdump can't be started: %v", err)
-		return
+		return err
 	}
-	p.cmd, p.output = cmd, output
-	go func() {
-		// Its stderr ends when it does. To wait for that takes no thread, as waiting for the process would. The struct
-		// hides os.File's own way to copy, which takes a buffer of 32 KiB.
-		io.CopyBuffer(output, struct{ io.Reader }{stderr}, make([]byte, 512))
-		err := c.wait(cmd)
-		c.say(func() { c.exited(p, cmd, err) })
-	}()
+	ended, listening := make(chan error, 1), said.listening
+	go func() { ended <- tcpdump.wait() }()
+	for seen := time.Now(); ctx.Err() == nil; {
+		select {
+		case <-listening:
+			listening = nil // once
+			c.tellStarted(s, said)
+		case err := <-ended:
+			if said.listens() && listening != nil {
+				c.tellStarted(s, said)
+			}
+			c.counted = said.counts()
+			return fmt.Errorf("tcpdump ended by itself (%s)", said.lastWords(err))
+		case <-time.After(untilNextSecond()):
+			if why := c.whyEnd(s, tcpdump, &seen); why != nil {
+				stop(why)
+			}
+		case <-ctx.Done():
+		}
+	}
+	select {
+	case <-ended:
+	case <-time.After(termGrace + time.Second):
+		c.warn("CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL were sent, and it still runs (%v)",
+			tcpdump.pid, tcpdump.kill()), "its files stay until it ends")
+		<-ended
+	}
+	c.counted = said.counts()
+	return context.Cause(ctx)
 }
 
-// start starts a child whose stderr is to be read to its end before it is waited for.
-func start(cmd *exec.Cmd) (stderr io.Reader, err error) {
-	if stderr, err = cmd.StderrPipe(); err != nil {
-		return nil, err
+// startTcpdump starts tcpdump in a sandbox. ctx ends it.
+func (c *capture) startTcpdump(ctx context.Context, s sandbox, said *stderr) (*child, error) {
+	device := cmp.Or(c.asked.iface, podInterface)
+	if s.isHost {
+		device = cmp.Or(c.asked.iface, "any")
 	}
-	return stderr, cmd.Start()
+	// tcpdump takes "2" for the second interface that there is, and has devices that are none, such as nflog.
+	if names := interfaces(s.dir); device != "any" && !slices.Contains(names, device) {
+		return nil, fmt.Errorf("the pod has no interface %s, but %s", device, cut(strings.Join(names, ", ")))
+	}
+	network, err := c.processes.open(s, c.pod)
+	if err != nil {
+		return nil, fmt.Errorf("the pod's network can't be opened: %w", err)
+	}
+	defer network.Close() // at once: an open file keeps the namespace, and the pod's interface, alive
+	tcpdump, err := c.start(ctx, said, network, c.arguments(device)...)
+	if err != nil {
+		return nil, fmt.Errorf("tcpdump can't be started: %w", err)
+	}
+	return tcpdump, nil
 }
 
 // arguments are nsenter's. It execs, so that the child's PID is tcpdump's.
-func (p *capture) arguments() []string {
-	device := podInterface
-	if p.onHost {
-		device = "any"
-	}
+func (c *capture) arguments(device string) []string {
 	arguments := []string{
-		"--net=/proc/self/fd/3", "--", "tcpdump",
+		"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump",
 		"-C", "1", // 1,000,000 bytes; "1M" is an error before 4.99.6
-		"-W", strconv.Itoa(p.have.n),
-		"-w", p.stem,
+		"-W", strconv.Itoa(c.asked.n),
+		"-w", c.stem,
 		"-U",         // each packet is written as it comes, or a file stays empty until 4 KiB are there
 		"-Z", "root", // or it becomes user tcpdump, who may not open the next file in /
-		"-p", // not promiscuous: the Pod's own packets
+		"-p", // not promiscuous: the pod's own packets
 		"-i", device,
 		// KiB of the kernel's ring. Of packets of 200 bytes at 50,000 and 150,000 a second, the default of 2 MiB lost none
 		// and up to 2 %, with 4 to 64 MiB none. Never --immediate-mode, without the up to a second that packets stay in
-		// the ring: it lost 27 % and 35 %, with 16 MiB 1 % and 9 %. A Pod that ends has its network for longer.
+		// the ring: it lost 27 % and 35 %, with 16 MiB 1 % and 9 %.
 		"-B", "4096",
 	}
-	if p.have.filter != "" {
-		arguments = append(arguments, "--", p.have.filter) // never an option
+	if c.asked.filter != "" {
+		arguments = append(arguments, "--", c.asked.filter) // never an option
 	}
 	return arguments
 }
 
-// listening is called when tcpdump says that it captures.
-func (c *controller) listening(p *capture, cmd *exec.Cmd) {
-	if p.cmd != cmd || !p.killAt.IsZero() {
-		return
+// whyEnd says why tcpdump must end although its capture goes on: nil, errMoved, errGone or errFull. seen is when a
+// process of the pod was seen last.
+func (c *capture) whyEnd(s sandbox, tcpdump *child, seen *time.Time) error {
+	patience := emptyTime
+	if !s.isHost && !slices.Contains(interfaces(c.processes.folder(tcpdump.pid)), podInterface) {
+		patience = lastPackets
 	}
-	p.started = true
-	kind, what := "Normal", fmt.Sprintf("Capturing into %s, rotated at 1 MB, in %s/%s", p.files(), c.namespace, c.pod)
-	if p.have.filter != "" {
-		what += fmt.Sprintf("; the filter is %.64q", p.have.filter)
+	now, ok := c.processes.find(c.pod)
+	if ok {
+		*seen = time.Now()
 	}
-	if p.onHost {
-		kind, what = "Warning", what+"; this Pod has the host's network, so the files hold the whole node's traffic"
+	switch {
+	case ok && now.network != s.network:
+		return errMoved
+	case !ok && time.Since(*seen) >= patience:
+		return errGone
+	case c.disk.isFull():
+		return errFull
 	}
-	c.tell(p, kind, "CaptureStarted", "%s", what)
+	return nil
 }
 
-// exited is called when a child has ended and was waited for.
-func (c *controller) exited(p *capture, cmd *exec.Cmd, err error) {
-	if p.cmd != cmd {
-		return
-	}
-	p.cmd = nil
-	stopped := !p.killAt.IsZero() && !p.keep
-	p.killAt, p.keep = time.Time{}, false
-	if stopped {
-		c.clear(p)
-		return
-	}
-	p.failure = p.output.complaint()
-	if p.failure == "" {
-		p.failure = fmt.Sprint(cmp.Or(err, errors.New("exit status 0")))
-	}
-	if p.have.filter != "" && !p.started && p.output.refusesFilter(p.stem) {
-		c.tell(p, "Warning", "CaptureFailed", "tcpdump refuses the filter %.64q (%s): nothing is tried until the "+
-			"annotation changes", p.have.filter, p.failure)
-		p.refused = true
-		c.clear(p)
-		return
-	}
-	if time.Since(p.output.began) > backoffMax {
-		p.retry.failures = 0
-	}
-	p.due = time.Now().Add(p.retry.next(nil))
-	slog.Debug("tcpdump ended by itself", append(p.log(), "reason", p.failure)...)
+// starter starts a program, with network, if any, as its descriptor 3. When ctx ends the program gets SIGTERM, and after
+// termGrace SIGKILL. What it says on stderr is written there until wait returns, which must be called.
+type starter func(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error)
+
+// child is a program that runs.
+type child struct {
+	pid        int
+	wait, kill func() error
 }
 
-// files names a capture's files as tcpdump does: one has no digits, more have as many as N-1.
-func (p *capture) files() string {
-	if p.have.n == 1 {
-		return p.stem
+func start(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
+	cmd := exec.CommandContext(ctx, arguments[0], arguments[1:]...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = termGrace
+	cmd.ExtraFiles = []*os.File{network}
+	pipe, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
 	}
-	last := strconv.Itoa(p.have.n - 1)
-	return fmt.Sprintf("%d files, %s%0*d to %s%s", p.have.n, p.stem, len(last), 0, p.stem, last)
-}
-
-// owns reports whether a file's name is one of this capture's: web's are never those of web-2 or of web.pcap0.
-func (p *capture) owns(name string) bool {
-	return strings.TrimRight(name, digits) == filepath.Base(p.stem)
-}
-
-func (p *capture) log() []any {
-	return []any{"namespace", p.namespace, "pod", p.name, "n", cmp.Or(p.have.n, p.want.n)}
-}
-
-// output is what a child says on stderr: the end of it, for its last words and its counts.
-type output struct {
-	began    time.Time // when the child was started
-	onListen func()    // called once, when tcpdump says that it captures
-	listens  bool
-	text     []byte
-}
-
-// Write takes what the child says as it comes.
-func (o *output) Write(text []byte) (int, error) {
-	o.text = append(o.text, text...)
-	if !o.listens && bytes.Contains(o.text, []byte("listening on ")) {
-		o.listens = true
-		o.onListen()
-	}
-	o.text = o.text[max(0, len(o.text)-4096):]
-	return len(text), nil
-}
-
-// complaint is the last thing that tcpdump or nsenter complained of, "" if nothing.
-func (o *output) complaint() (last string) {
-	for line := range strings.Lines(string(o.text)) {
-		named := strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")
-		if named && !strings.Contains(line, "listening on ") && !strings.Contains(line, "data link type ") {
-			last = strings.TrimSpace(line)
-		}
-	}
-	return last
-}
-
-// refusesFilter reports whether tcpdump ended because of its filter. It compiles it between opening the device and
-// opening the file; its complaints about these two begin with their names, and those about the machine end with an errno.
-func (o *output) refusesFilter(stem string) bool {
-	complaint, ok := strings.CutPrefix(o.complaint(), "tcpdump: ")
-	for _, prefix := range []string{podInterface + ": ", "any: ", stem} {
-		ok = ok && !strings.HasPrefix(complaint, prefix)
-	}
-	for _, errno := range []syscall.Errno{syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.EPERM} {
-		ok = ok && !strings.HasSuffix(strings.ToLower(complaint), errno.Error())
-	}
-	return ok && !o.listens
-}
-
-// counts is what tcpdump counted, by its closing lines; one that was killed wrote none.
-func (o *output) counts() string {
-	captured, dropped := "an unknown number of", "an unknown number"
-	for line := range strings.Lines(string(o.text)) {
-		count, what, _ := strings.Cut(strings.TrimSpace(line), " ")
-		if count == "" || strings.Trim(count, digits) != "" {
-			continue
-		}
-		if strings.HasSuffix(what, " captured") {
-			captured = count
-		} else if strings.HasSuffix(what, " dropped by kernel") {
-			dropped = count
-		}
-	}
-	return fmt.Sprintf("%s packets captured, %s dropped by the kernel", captured, dropped)
-}
-
-// ---- A Pod's network namespace ----
-
-// sandboxes finds the network namespaces of Pods by the host's processes, with any runtime.
-type sandboxes struct {
-	proc              string
-	hostNet, hostRoot os.FileInfo             // of the host's first process
-	pids              map[string]map[int]bool // the processes of each Pod, by the UID in the names of their cgroups
-	swept             time.Time               // when every process was looked at last
-	newest            int                     // the PID that was given out last when it was marked
-	marked            time.Time               // by a sweep, or a second after the last mark
-	since             int                     // what is newer than this PID may be new, or not yet in its cgroup
-}
-
-// sandbox is a Pod's network namespace.
-type sandbox struct {
-	network *os.File
-	isHost  bool
-	born    uint64 // when the process started that it was found by, in clock ticks since boot
-}
-
-func newSandboxes(proc string) (*sandboxes, error) {
-	hostNet, err := os.Stat(proc + "/1/ns/net")
 	if err != nil {
 		return nil, err
 	}
-	hostRoot, err := os.Stat(proc + "/1/root")
-	return &sandboxes{proc: proc, hostNet: hostNet, hostRoot: hostRoot}, err
+	return &child{pid: cmd.Process.Pid, kill: cmd.Process.Kill, wait: func() error {
+		// Its stderr ends when it does. To wait for that takes no thread, as waiting for the process would. The struct
+		// hides os.File's own way to copy, which takes a buffer of 32 KiB.
+		io.CopyBuffer(stderr, struct{ io.Reader }{pipe}, make([]byte, 512))
+		return cmd.Wait()
+	}}, nil
 }
 
-// find returns the sandboxes of the Pods that have one; the caller closes their files.
-func (s *sandboxes) find(wanted map[string]bool, now time.Time) map[string]*sandbox {
-	found, scanned := map[string]*sandbox{}, false
-	for uid := range wanted {
-		b := s.oldest(uid)
-		if b == nil && !scanned {
-			s.scan(now)
-			scanned = true
-			b = s.oldest(uid)
-		}
-		if b != nil {
-			found[uid] = b
+// stderr is what a child says there: the end of it, for its last words and its counts.
+type stderr struct {
+	listening chan struct{} // closed when tcpdump says that it captures
+	warning   string        // what it warned of until then
+	text      []byte
+}
+
+func newStderr() *stderr { return &stderr{listening: make(chan struct{})} }
+
+var (
+	warnings   = regexp.MustCompile(`(?im)^.*warning: .*$`)
+	complaints = regexp.MustCompile(`(?m)^(tcpdump|nsenter): .*$`)
+	captured   = regexp.MustCompile(`(?m)^(\d+) packets? captured$`)
+	dropped    = regexp.MustCompile(`(?m)^(\d+) packets? dropped by kernel$`)
+)
+
+// Write takes what the child says as it comes.
+func (e *stderr) Write(text []byte) (int, error) {
+	e.text = append(e.text, text...)
+	if !e.listens() && bytes.Contains(e.text, []byte("listening on ")) {
+		e.warning = cut(string(warnings.Find(e.text)))
+		close(e.listening)
+	}
+	e.text = e.text[max(0, len(e.text)-4096):]
+	return len(text), nil
+}
+
+func (e *stderr) listens() bool {
+	select {
+	case <-e.listening:
+		return true
+	default:
+		return false
+	}
+}
+
+// lastWords says why a child ended: the signal that ended it, what it complained of, or its status.
+func (e *stderr) lastWords(err error) string {
+	if exit := new(exec.ExitError); errors.As(err, &exit) && !exit.Exited() {
+		return err.Error()
+	}
+	return cmp.Or(e.complaint(), fmt.Sprint(cmp.Or(err, errors.New("exit status 0"))))
+}
+
+// complaint is the last thing that tcpdump or nsenter complained of, "" if nothing.
+func (e *stderr) complaint() string {
+	for _, line := range slices.Backward(complaints.FindAllString(string(e.text), -1)) {
+		if !strings.Contains(line, "listening on ") && !strings.Contains(line, "data link type ") {
+			return cut(line)
 		}
 	}
-	return found
+	return ""
 }
 
-// oldest opens a Pod's sandbox. The process that holds it is the first that started: containers come later, and may
-// have network namespaces of their own within.
-func (s *sandboxes) oldest(uid string) (first *sandbox) {
-	for pid := range s.pids[uid] {
-		dir := s.proc + "/" + strconv.Itoa(pid)
-		b := s.open(dir)
-		if b == nil {
+// counts is what tcpdump counted, by its closing lines; one that was killed wrote none.
+func (e *stderr) counts() string {
+	all, lost := "an unknown number of packets", "an unknown number"
+	if match := captured.FindSubmatch(e.text); match != nil {
+		n, _ := strconv.Atoi(string(match[1]))
+		all = count(n, "packet")
+	}
+	if match := dropped.FindSubmatch(e.text); match != nil {
+		lost = string(match[1])
+	}
+	return all + " captured, " + lost + " dropped by the kernel"
+}
+
+// ---- Files, and the room for them ----
+
+const digits = "0123456789"
+
+// disk is the room that all captures share, and the names of their files.
+type disk struct {
+	root        string
+	limit       int   // files that all captures together may have
+	freePercent int64 // of the file system, which they leave free
+
+	mu    sync.Mutex
+	names map[string]*holder // by stem
+}
+
+// holder has a name, and the room for its files.
+type holder struct {
+	namespace string
+	files     int
+	freed     chan struct{} // closed when the name is free
+}
+
+func newDisk(cfg config) *disk {
+	limit := min(cfg.diskLimit/fileBytes, math.MaxInt32) // tcpdump reads -W with atoi into an int
+	return &disk{root: cfg.root, limit: int(limit), freePercent: cfg.diskFree, names: map[string]*holder{}}
+}
+
+// take gives a capture a name and room for n files: the stem, or "" with what is missing, or with what is closed when
+// the name is free, which an earlier capture of the pod, or of one of the same name, is about to give back. A pod whose
+// name a pod of another namespace has gets the UID behind a "_", which is in no pod name.
+func (d *disk) take(p pod, n int) (stem string, freed <-chan struct{}, missing string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	plain := filepath.Join(d.root, "capture-"+p.name+".pcap")
+	special := filepath.Join(d.root, fmt.Sprintf("capture-%s_%.8s.pcap", p.name, p.uid))
+	stem, other := plain, d.names[plain]
+	if other != nil && other.namespace != p.namespace {
+		stem, other = special, nil
+	}
+	if other = cmp.Or(d.names[special], other); other != nil {
+		return "", other.freed, ""
+	}
+	if missing := d.missing(n); missing != "" {
+		return "", nil, missing
+	}
+	d.names[stem] = &holder{p.namespace, n, make(chan struct{})}
+	return stem, nil, ""
+}
+
+func (d *disk) give(stem string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	close(d.names[stem].freed)
+	delete(d.names, stem)
+}
+
+// missing says why there is no room for n more files, "" if there is. The lock is held.
+func (d *disk) missing(n int) string {
+	taken, unwritten := d.taken()
+	free, total := space(d.root)
+	free -= total/100*d.freePercent + unwritten
+	switch {
+	case taken+n > d.limit:
+		return fmt.Sprintf("%s asked for, and %d of the %d that this node may have are taken", count(n, "file"), taken, d.limit)
+	case free < int64(n)*fileBytes:
+		return fmt.Sprintf("%s can take %d bytes, and the disk has %d for them, with %d %% of it left free",
+			count(n, "file"), int64(n)*fileBytes, max(0, free), d.freePercent)
+	}
+	return ""
+}
+
+// taken is the files of all captures, and how many bytes may still be written into them. The lock is held.
+func (d *disk) taken() (files int, unwritten int64) {
+	for _, h := range d.names {
+		files += h.files
+	}
+	_, written := findFiles(d.root, isCapture)
+	return files, int64(files)*fileBytes - written
+}
+
+// isFull reports whether neither one more file fits, nor what the captures may still write. tcpdump would not say so.
+func (d *disk) isFull() bool {
+	free, _ := space(d.root)
+	if free >= fileBytes {
+		return false
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	_, unwritten := d.taken()
+	return free < unwritten
+}
+
+// space is what a folder's file system has free and has in all, in bytes; one that does not say is not taken for full.
+func space(folder string) (free, total int64) {
+	var stat syscall.Statfs_t
+	if err := syscall.Statfs(folder, &stat); err != nil {
+		return math.MaxInt64, 0
+	}
+	return int64(stat.Bavail) * int64(stat.Bsize), int64(stat.Blocks) * int64(stat.Bsize)
+}
+
+// fileNames names a capture's files as tcpdump does: one has no digits, more have as many as n-1.
+func fileNames(stem string, n int) string {
+	if n == 1 {
+		return stem
+	}
+	last := strconv.Itoa(n - 1)
+	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
+}
+
+// ownsFile reports whether a file's name is of the capture with that stem: web's are never those of web-2 or web.pcap0.
+func ownsFile(stem, name string) bool { return strings.TrimRight(name, digits) == filepath.Base(stem) }
+
+// isCapture reports whether a file's name is of any capture.
+func isCapture(name string) bool {
+	return strings.HasPrefix(name, "capture-") && strings.HasSuffix(strings.TrimRight(name, digits), ".pcap")
+}
+
+// findFiles returns the paths of a folder's files whose names match, sorted, and their bytes.
+func findFiles(folder string, matches func(name string) bool) (paths []string, bytes int64) {
+	entries, _ := os.ReadDir(folder)
+	for _, entry := range entries {
+		if !matches(entry.Name()) {
 			continue
 		}
-		// The PID may have gone to another process, before or just now, which must never be captured: look again.
-		if inPod(readFile(dir+"/cgroup"), uid) && (first == nil || b.born < first.born) {
-			first, b = b, first
-		}
-		if b != nil {
-			b.network.Close()
+		if info, err := entry.Info(); err == nil && info.Mode().IsRegular() {
+			paths = append(paths, filepath.Join(folder, entry.Name()))
+			bytes += info.Size()
 		}
 	}
-	return first
+	return paths, bytes
 }
 
-// open opens the network namespace of a process. It returns nil when the process has ended, and when it is the
-// runtime's, which sits in the Pod's cgroup with the host's network and the host's files: one that is still to
-// become the Pod's, or CRI-O's monitor. With the host's network but other files it is a Pod's with hostNetwork.
-func (s *sandboxes) open(dir string) *sandbox {
-	network, err := os.Open(dir + "/ns/net")
+func removeFiles(paths []string) (err error) {
+	for _, path := range paths {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
+}
+
+// ---- A pod's network namespace ----
+
+// processes knows the node's processes and the pods that they belong to, whatever the runtime.
+type processes struct {
+	proc     string
+	own      string      // namespace/name of this pod
+	hostNet  string      // the network of the host's first process
+	hostRoot os.FileInfo // and its files
+
+	mu             sync.Mutex
+	known          map[int]*process // by PID
+	looked, forgot time.Time
+}
+
+type process struct {
+	pod   string    // UID of the pod that its cgroup names, or ""
+	born  uint64    // when it started, in clock ticks since boot
+	first time.Time // when it was seen first
+}
+
+// sandbox is a pod's network namespace, and a process that is in it.
+type sandbox struct {
+	network string // "net:[4026532281]": names the namespace as long as it lives
+	dir     string // of the process
+	isHost  bool
+}
+
+func newProcesses(cfg config) (*processes, error) {
+	hostNet, err := os.Readlink(cfg.proc + "/1/ns/net")
 	if err != nil {
-		return nil
+		return nil, err
 	}
-	b := &sandbox{network: network, born: startTime(readFile(dir + "/stat"))}
-	info, err := network.Stat()
-	if b.isHost = err == nil && os.SameFile(info, s.hostNet); b.isHost {
-		var root os.FileInfo
-		root, err = os.Stat(dir + "/root")
-		if err == nil && os.SameFile(root, s.hostRoot) {
-			err = os.ErrNotExist
-		}
+	hostRoot, err := os.Stat(cfg.proc + "/1/root")
+	own := cfg.podNamespace + "/" + cfg.podName
+	return &processes{proc: cfg.proc, own: own, hostNet: hostNet, hostRoot: hostRoot, known: map[int]*process{}}, err
+}
+
+func (ps *processes) folder(pid int) string { return ps.proc + "/" + strconv.Itoa(pid) }
+
+// find returns the network of a pod, by what is known, or after a look. One look serves all who ask within birthPoll.
+func (ps *processes) find(p pod) (sandbox, bool) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	s, ok := ps.oldest(p)
+	if now := time.Now(); !ok && now.Sub(ps.looked) >= birthPoll {
+		ps.look(now)
+		s, ok = ps.oldest(p)
 	}
+	return s, ok
+}
+
+// open opens the network namespace, whose file the caller closes. The process may have ended since it was found, and its
+// PID may be another's, which must never be captured: so it is checked once more when the file is open.
+func (ps *processes) open(s sandbox, p pod) (*os.File, error) {
+	file, err := os.Open(s.dir + "/ns/net")
 	if err != nil {
-		network.Close()
-		return nil
+		return nil, err
 	}
-	return b
+	if now, ok := ps.sandbox(s.dir, p); !ok || now.network != s.network {
+		file.Close()
+		return nil, errors.New("the process that it was found by has ended")
+	}
+	return file, nil
 }
 
-// scan takes note of the processes of all Pods: now and then of every one, and in between of those that are new. So
-// waiting for a Pod's first process costs next to nothing.
-func (s *sandboxes) scan(now time.Time) {
-	loadavg := readFile(s.proc + "/loadavg") // its last field is the PID that was given out last
-	newest, _ := strconv.Atoi(strings.TrimSpace(loadavg[strings.LastIndex(loadavg, " ")+1:]))
-	isFar := newest < s.newest || newest-s.since >= 1000
-	if isFar { // the last ones may still be on their way into their cgroups
-		s.since, s.newest, s.marked = newest-200, newest, now
+// oldest is the network of the pod's oldest process that has one with eth0. Containers start after that process, and may
+// have networks of their own within. The lock is held.
+func (ps *processes) oldest(p pod) (sandbox, bool) {
+	if p.namespace+"/"+p.name == ps.own { // on cgroup v2 the path of its own cgroup is cut, and names no pod
+		return ps.sandbox(ps.proc+"/self", p)
 	}
-	if isFar || now.Sub(s.swept) >= sweepPoll {
-		s.sweep()
-		s.swept = now
+	var pids []int
+	for pid, known := range ps.known {
+		if known.pod == p.kubeletUID {
+			pids = append(pids, pid)
+		}
 	}
-	for pid := s.since + 1; pid <= newest; pid++ { // again each time, for the same reason
-		s.note(pid)
+	slices.SortFunc(pids, func(a, b int) int { return cmp.Compare(ps.known[a].born, ps.known[b].born) })
+	for _, pid := range pids {
+		if s, ok := ps.sandbox(ps.folder(pid), p); ok {
+			return s, true
+		}
 	}
-	if now.Sub(s.marked) >= slowPoll { // those up to the mark before are older than that, and where they belong
-		s.since, s.newest, s.marked = s.newest, newest, now
-	}
+	return sandbox{}, false
 }
 
-func (s *sandboxes) sweep() {
-	s.pids = map[string]map[int]bool{}
-	if dir, err := os.Open(s.proc); err == nil {
-		defer dir.Close()
-		names, _ := dir.Readdirnames(-1)
-		for _, name := range names {
-			if pid, err := strconv.Atoi(name); err == nil {
-				s.note(pid)
-			}
+// sandbox is the network of a process, if it is the pod's: not an empty one (gVisor's gofer) or one that is still being
+// set up, nor the host's through a process that has the host's files as well, which is the runtime's (CRI-O's monitor, or
+// one that is still to become the pod's).
+func (ps *processes) sandbox(dir string, p pod) (sandbox, bool) {
+	network, err := os.Readlink(dir + "/ns/net")
+	if err != nil {
+		return sandbox{}, false
+	}
+	s := sandbox{network, dir, network == ps.hostNet}
+	if s.isHost {
+		root, err := os.Stat(dir + "/root")
+		if err != nil || os.SameFile(root, ps.hostRoot) {
+			return s, false
+		}
+	} else if !slices.Contains(interfaces(dir), podInterface) {
+		return s, false
+	}
+	return s, dir == ps.proc+"/self" || podOf(readFile(dir+"/cgroup")) == p.kubeletUID
+}
+
+// look takes note of the processes that there are, and of their pods. A process enters its cgroup after it has started:
+// so it is read again until it is a pod's, for a second. All are forgotten now and then: PIDs become others'. The lock is
+// held.
+func (ps *processes) look(now time.Time) {
+	if ps.looked = now; now.Sub(ps.forgot) >= 10*time.Second {
+		clear(ps.known)
+		ps.forgot = now
+	}
+	folder, err := os.Open(ps.proc)
+	if err != nil {
+		return
+	}
+	defer folder.Close()
+	names, _ := folder.Readdirnames(-1)
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		known := ps.known[pid]
+		if known == nil {
+			known = &process{first: now}
+			ps.known[pid] = known
+		}
+		if known.pod == "" && now.Sub(known.first) <= time.Second {
+			known.pod = podOf(readFile(ps.folder(pid) + "/cgroup"))
+			known.born = startTime(readFile(ps.folder(pid) + "/stat"))
 		}
 	}
 }
 
-// note takes note of the Pods that a process's cgroup names: cgroupfs has a folder pod<UID>, systemd one
-// kubepods-burstable-pod<UID with _ for ->.slice. On a node that is itself a Pod's container there are two.
-func (s *sandboxes) note(pid int) {
-	cgroup := readFile(s.proc + "/" + strconv.Itoa(pid) + "/cgroup")
-	for folder := range strings.FieldsFuncSeq(cgroup, func(r rune) bool { return r == '/' || r == '\n' }) {
-		uid, ok := strings.CutPrefix(folder, "pod")
-		if slice, isSlice := strings.CutSuffix(folder, ".slice"); isSlice {
-			at := strings.LastIndex(slice, "-pod") + 1
-			uid, ok = strings.CutPrefix(strings.ReplaceAll(slice[at:], "_", "-"), "pod")
+// podOf is the UID of the pod that a cgroup names: cgroupfs has a folder pod<UID>, systemd one
+// kubepods-burstable-pod<UID with _ for ->.slice. The first one counts: a container may name folders below its own as it
+// likes.
+func podOf(cgroup string) string {
+	for name := range strings.FieldsFuncSeq(cgroup, func(r rune) bool { return r == '/' || r == '\n' }) {
+		if slice, ok := strings.CutSuffix(name, ".slice"); ok {
+			name = strings.ReplaceAll(slice[strings.LastIndex(slice, "-pod")+1:], "_", "-")
 		}
-		if ok && s.pids[uid] == nil {
-			s.pids[uid] = map[int]bool{}
-		}
-		if ok {
-			s.pids[uid][pid] = true
+		uid, ok := strings.CutPrefix(name, "pod")
+		if ok && uid != "" && strings.Trim(uid, "0123456789abcdef-") == "" {
+			return uid
 		}
 	}
-}
-
-// inPod reports whether a cgroup is a Pod's.
-func inPod(cgroup, uid string) bool {
-	return strings.Contains(strings.ReplaceAll(cgroup, "_", "-"), "pod"+uid)
+	return ""
 }
 
 // startTime is field 22 of a /proc/<pid>/stat. Field 2, the command, may hold anything and ends at the last ")".
@@ -1180,159 +1204,151 @@ func startTime(stat string) uint64 {
 	return ticks
 }
 
+// interfaces are the names in a process's net/dev, none if it has ended.
+func interfaces(dir string) (names []string) {
+	text, _ := os.ReadFile(dir + "/net/dev")
+	for line := range strings.Lines(string(text)) {
+		if name, _, ok := strings.Cut(line, ":"); ok {
+			names = append(names, strings.TrimSpace(name))
+		}
+	}
+	return names
+}
+
+// readFile is a file of /proc as text, "" when its process has ended. It is read at once, with three system calls:
+// thousands are, before a capture starts.
+func readFile(path string) string {
+	file, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer syscall.Close(file)
+	var text [8192]byte
+	n, _ := syscall.Read(file, text[:])
+	return string(text[:max(n, 0)])
+}
+
 // ---- Events ----
 
-// tell writes a line of the log and an Event of the Pod. Its kind is Normal, or Warning for what a person should see.
-func (c *controller) tell(p *capture, kind, reason, format string, arguments ...any) {
-	e := event{p.namespace, p.name, p.kubeletUID, kind, reason, fmt.Sprintf(format, arguments...)}
-	level := slog.LevelInfo
-	if kind == "Warning" {
-		level = slog.LevelWarn
-	}
-	if p.said != e.message { // while it stays the same, it is in the log once
-		p.said = e.message
-		slog.Log(context.Background(), level, reason, append(p.log(), "message", e.message)...)
-	}
+// event is an Event of a pod that is still to be posted.
+type event struct {
+	pod
+	kind, reason, message string
+	at                    time.Time
+}
+
+// events posts Events.
+type events struct {
+	kube *kube
+	node string
+	news chan event // to record
+}
+
+func newEvents(k *kube, node string) *events { return &events{k, node, make(chan event, 1024)} }
+
+// tell writes a line of the log and has an Event posted. It never waits.
+func (es *events) tell(p pod, kind, reason, message string) {
+	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
+	slog.Log(context.Background(), level, reason, "namespace", p.namespace, "pod", p.name, "n", p.value, "message", message)
 	select {
-	case c.recorder.news <- e:
-	default: // it never delays a capture
-		slog.Warn("an Event is lost, too many wait", p.log()...)
+	case es.news <- event{p, kind, reason, message, time.Now()}:
+	default:
+		slog.Warn("an Event is lost, too many wait", "namespace", p.namespace, "pod", p.name)
 	}
 }
 
-type event struct{ namespace, name, uid, kind, reason, message string }
-
-// tally counts an Event.
-type tally struct {
-	first, last time.Time
-	count       int       // how often since it was posted
-	posted      int       // how often it was posted
-	due         time.Time // when it may be posted
-}
-
-// recorder posts Events. One that repeats is counted up before it is posted again, for longer each time; one that
-// the API server does not take now is tried again.
-type recorder struct {
-	kube    *kube
-	node    string
-	news    chan event
-	tallies map[event]*tally
-	retry   backoff
-	pause   time.Time // nothing is posted before
-}
-
-func newRecorder(k *kube, node string) *recorder {
-	return &recorder{kube: k, node: node, news: make(chan event, 1024), tallies: map[event]*tally{}, retry: requestBackoff}
-}
-
-// run posts until ctx ends, and then what is left, for flushGrace.
-func (r *recorder) run(ctx context.Context) {
-	for ctx.Err() == nil {
-		next, due := r.next(time.Now())
+// record posts until ctx ends, and then what is left, for flushGrace.
+func (es *events) record(ctx context.Context) {
+	posting, stop := context.WithCancel(context.Background())
+	defer stop()
+	context.AfterFunc(ctx, func() { time.AfterFunc(flushGrace, stop) })
+	for ctx.Err() == nil || len(es.news) > 0 && posting.Err() == nil {
 		select {
-		case e := <-r.news:
-			r.count(e, time.Now())
-		case <-time.After(time.Until(due)):
-			if next != nil {
-				r.post(ctx, *next)
-			}
+		case e := <-es.news:
+			es.deliver(posting, e)
 		case <-ctx.Done():
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), flushGrace)
-	defer cancel()
-	for len(r.news) > 0 {
-		r.count(<-r.news, time.Now())
-	}
-	for e, t := range r.tallies {
-		if t.count > 0 && ctx.Err() == nil {
-			r.post(ctx, e)
+}
+
+// deliver posts an Event, again and again while the API server is away. One that it refuses is dropped, which is normal
+// (403) in a namespace that is being deleted.
+func (es *events) deliver(ctx context.Context, e event) {
+	for retry := requestBackoff; ctx.Err() == nil; {
+		err := es.post(ctx, e)
+		if err == nil {
+			return
 		}
-	}
-}
-
-func (r *recorder) count(e event, now time.Time) {
-	t := r.tallies[e]
-	if t == nil {
-		t = &tally{due: now}
-		r.tallies[e] = t
-	}
-	if t.count == 0 {
-		t.first = now
-	}
-	t.last = now
-	t.count++
-}
-
-// next is the Event that is due first, nil if none, and when. Those that are long past are forgotten.
-func (r *recorder) next(now time.Time) (next *event, due time.Time) {
-	due = now.Add(repeatMax)
-	for e, t := range r.tallies {
-		if t.count > 0 && t.due.Before(due) {
-			next, due = &e, t.due
-		} else if t.count == 0 && now.Sub(t.last) > 2*repeatMax {
-			delete(r.tallies, e)
+		if status := new(statusError); errors.As(err, &status) && !isStatus(err, 401, 429, 502, 503, 504) {
+			slog.Warn("an Event is refused", "namespace", e.namespace, "pod", e.name, "error", err)
+			return
 		}
+		sleep(ctx, retry.next(err))
 	}
-	if due.Before(r.pause) {
-		due = r.pause
-	}
-	return next, due
 }
 
-// post creates an Event object. One that the API server will never take is dropped, which is normal (403) in a namespace
-// that is being deleted; anything else is tried again.
-func (r *recorder) post(ctx context.Context, e event) {
+func (es *events) post(ctx context.Context, e event) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	t := r.tallies[e]
 	type fields = map[string]any
-	body, _ := json.Marshal(fields{ // strings, numbers and times never fail
-		"apiVersion": "v1", "kind": "Event",
-		"metadata":       fields{"namespace": e.namespace, "generateName": "packetcapture-"},
-		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod", "namespace": e.namespace, "name": e.name, "uid": e.uid},
-		"type":           e.kind, "reason": e.reason, "message": e.message, "count": t.count,
-		"source":         fields{"component": "packetcapture", "host": r.node},
-		"firstTimestamp": t.first.UTC().Format(time.RFC3339), "lastTimestamp": t.last.UTC().Format(time.RFC3339),
+	at := e.at.UTC().Format(time.RFC3339)
+	body, _ := json.Marshal(fields{ // strings never fail
+		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": e.namespace, "generateName": "packetcapture-"},
+		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod", "namespace": e.namespace, "name": e.name, "uid": e.kubeletUID},
+		"type":           e.kind, "reason": e.reason, "message": e.message, "count": 1,
+		"source":         fields{"component": "packetcapture", "host": es.node},
+		"firstTimestamp": at, "lastTimestamp": at,
 	})
-	response, err := r.kube.do(ctx, "POST", "/api/v1/namespaces/"+e.namespace+"/events", "application/json", body)
+	answer, err := es.kube.do(ctx, "POST", "/api/v1/namespaces/"+e.namespace+"/events", "application/json", body)
 	if err == nil {
-		response.Body.Close()
-	} else if !isStatus(err, 400, 403, 404, 409, 413, 422) {
-		r.pause = time.Now().Add(r.retry.next(err))
-		t.due = r.pause // the others come first: it may be this one alone
-		return
-	} else {
-		slog.Warn("an Event is refused", "namespace", e.namespace, "pod", e.name, "error", err)
+		answer.Close()
 	}
-	r.retry.failures = 0
-	hush := time.Second << t.posted // short for what a person does twice
-	if e.kind == "Warning" {
-		hush *= 10
-	}
-	t.count, t.due = 0, time.Now().Add(min(hush, repeatMax))
-	t.posted = min(t.posted+1, 10)
+	return err
 }
 
 // ---- The API server ----
+
+// The parts of the API's types that are read.
+type (
+	object struct {
+		Metadata struct {
+			Namespace, Name, UID, ResourceVersion string
+			Annotations                           map[string]string
+		}
+		Code    int // of a Status, the object of ERROR
+		Message string
+	}
+	podList struct {
+		Metadata struct{ ResourceVersion string }
+		Items    []object
+	}
+	watchEvent struct {
+		Type   string
+		Object object
+	}
+)
+
+func (o *object) pod() pod {
+	m := &o.Metadata
+	p := pod{namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: m.UID, filter: m.Annotations[filterAnnotation]}
+	if hash := m.Annotations[hashAnnotation]; hash != "" && hash == m.Annotations[mirrorAnnotation] {
+		p.kubeletUID = hash
+	}
+	p.value, p.annotated = m.Annotations[annotation]
+	p.iface, p.hasIface = m.Annotations[interfaceAnnotation]
+	p.annotated = p.annotated && m.UID != "" && !strings.Contains(m.Name, "/") // these become paths
+	return p
+}
 
 // kube speaks to the API server as the service account, for several goroutines.
 type kube struct {
 	api, account string
 	roots        atomic.Pointer[x509.CertPool] // of the last CA bundle that could be read
-	complained   atomic.Bool                   // that it can't be read now
 	http         http.Client                   // no Timeout: it would end watches
 }
 
-// newKube fails when the token or the CA can't be read: then nothing mounted them.
-func newKube(api, account string) (*kube, error) {
+func newKube(api, account string) *kube {
 	k := &kube{api: api, account: account}
-	if _, err := k.token(); err != nil {
-		return nil, err
-	}
-	if err := k.loadCA(); err != nil {
-		return nil, err
-	}
 	k.http.Transport = &http.Transport{ // without a Proxy: the service address must never go through HTTPS_PROXY
 		DialTLSContext:    k.dial,
 		ForceAttemptHTTP2: true, // its own dialing turns HTTP/2 off otherwise, and with it the pings
@@ -1340,62 +1356,41 @@ func newKube(api, account string) (*kube, error) {
 		// more is taken than is read soon: by default it is 4 MiB.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: 256 << 10},
 	}
-	return k, nil
-}
-
-// token is read for each request: it is replaced every hour.
-func (k *kube) token() (string, error) {
-	token, err := os.ReadFile(filepath.Join(k.account, "token"))
-	if err != nil {
-		return "", fmt.Errorf("the service account's token: %w", err)
-	}
-	return strings.TrimSpace(string(token)), nil
-}
-
-func (k *kube) loadCA() error {
-	bundle, err := os.ReadFile(filepath.Join(k.account, "ca.crt"))
-	if err != nil {
-		return fmt.Errorf("the service account's CA: %w", err)
-	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(bundle) {
-		return errors.New("the service account's CA: ca.crt holds no certificate")
-	}
-	k.roots.Store(roots)
-	return nil
+	return k
 }
 
 // dial reads the CA bundle again for each connection, since it may be replaced; an unreadable one keeps the last.
 func (k *kube) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	err := k.loadCA()
-	if complained := k.complained.Swap(err != nil); err != nil && !complained {
-		slog.Warn("the last CA bundle stays", "error", err)
+	bundle, _ := os.ReadFile(filepath.Join(k.account, "ca.crt"))
+	if roots := x509.NewCertPool(); roots.AppendCertsFromPEM(bundle) {
+		k.roots.Store(roots)
 	}
-	dialer := tls.Dialer{
-		NetDialer: &net.Dialer{Timeout: 10 * time.Second},
-		Config:    &tls.Config{RootCAs: k.roots.Load(), NextProtos: []string{"h2", "http/1.1"}},
+	roots := k.roots.Load()
+	if roots == nil {
+		return nil, fmt.Errorf("%s/ca.crt holds no certificate", k.account)
 	}
+	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second}, Config: &tls.Config{RootCAs: roots, NextProtos: []string{"h2", "http/1.1"}}}
 	return dialer.DialContext(ctx, network, address)
 }
 
-// do sends a request and returns the answer, whose body the caller closes; what is not 2xx is a *statusError.
-func (k *kube) do(ctx context.Context, method, path, accept string, body []byte) (*http.Response, error) {
-	token, err := k.token()
+// do sends a request and returns the answer, which the caller closes; what is not 2xx is a *statusError.
+func (k *kube) do(ctx context.Context, method, path, accept string, body []byte) (io.ReadCloser, error) {
+	token, err := os.ReadFile(filepath.Join(k.account, "token")) // each time: it is replaced every hour
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the service account's token: %w", err)
 	}
 	request, err := http.NewRequestWithContext(ctx, method, k.api+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	request.Header = http.Header{"Authorization": {"Bearer " + token}, "Accept": {accept},
+	request.Header = http.Header{"Authorization": {"Bearer " + strings.TrimSpace(string(token))}, "Accept": {accept},
 		"Content-Type": {"application/json"}, "User-Agent": {"packetcapture"}}
 	response, err := k.http.Do(request)
 	if wrapped := new(url.Error); errors.As(err, &wrapped) {
 		return nil, wrapped.Err // without the URL, which differs each time: an error that stays is logged once
 	}
 	if response.StatusCode/100 == 2 {
-		return response, nil
+		return response.Body, nil
 	}
 	defer response.Body.Close()
 	status := &statusError{Message: "no Status in the answer"} // it may be a proxy's
@@ -1422,29 +1417,187 @@ func isStatus(err error, codes ...int) bool {
 	return errors.As(err, &status) && slices.Contains(codes, status.Code)
 }
 
-// ---- Helpers ----
+// ---- cat: the files of a capture as one pcap ----
 
-const digits = "0123456789"
-
-// health serves /healthz, which waits for loop to turn, and /readyz. The API server matters for neither.
-func (c *controller) health() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) {
-		select {
-		case c.inbox <- func() {}:
-		case <-time.After(2 * time.Second):
-			http.Error(w, "the loop does not turn", http.StatusServiceUnavailable)
-		}
-	})
-	mux.HandleFunc("/readyz", func(w http.ResponseWriter, r *http.Request) {
-		if !c.ready.Load() {
-			http.Error(w, "the first list is still to come", http.StatusServiceUnavailable)
-		}
-	})
-	return mux
+// command runs `packetcapture cat`, in the pod whose files it reads.
+func command(ctx context.Context, arguments []string, root string, stdout, stderr io.Writer) error {
+	follow := len(arguments) == 3 && arguments[1] == "-f"
+	name := arguments[len(arguments)-1]
+	if arguments[0] != "cat" || len(arguments) != 2 && !follow || name == "" || strings.HasPrefix(name, "-") {
+		return fmt.Errorf("%s is no command: accepted is cat [-f] <pod name or file>", quote(strings.Join(arguments, " ")))
+	}
+	stem, err := findStem(root, name)
+	if err != nil {
+		return err
+	}
+	j := &joiner{stem: stem, follow: follow, stdout: stdout, stderr: stderr}
+	err = j.join(ctx)
+	fmt.Fprintf(stderr, "%s, %d bytes\n", count(j.packets, "packet"), j.bytes)
+	return err
 }
 
-// backoff says how long to wait after a failure: at first from least to most, then twice as long each time.
+// untilStdinEnds is how a command notices that its `kubectl exec -i` has gone: of stdout the runtime does not tell it.
+// Without -i, stdin is no pipe, and `cat -f` goes on until the capture ends.
+func untilStdinEnds(ctx context.Context) context.Context {
+	if info, err := os.Stdin.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
+		return ctx
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	go func() { io.Copy(io.Discard, os.Stdin); cancel() }()
+	return ctx
+}
+
+// findStem is the path, without digits, of the files of the capture that is meant by a pod's name, a file or a stem.
+func findStem(root, name string) (string, error) {
+	all, _ := findFiles(root, isCapture)
+	var stems, found []string
+	for _, path := range all {
+		stem := strings.TrimRight(path, digits)
+		if slices.Contains(stems, stem) {
+			continue
+		}
+		stems = append(stems, stem)
+		pod := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(stem), "capture-"), ".pcap")
+		if plain, _, _ := strings.Cut(pod, "_"); plain == name {
+			found = append(found, stem)
+		}
+	}
+	file := filepath.Join(root, strings.TrimRight(filepath.Base(name), digits))
+	switch {
+	case len(found) == 1:
+		return found[0], nil
+	case len(found) > 1:
+		return "", fmt.Errorf("pods of several namespaces have the name %s, say which file: %s", name, strings.Join(found, " "))
+	case slices.Contains(stems, file):
+		return file, nil
+	}
+	return "", fmt.Errorf("%s is not captured here; what is: %s", quote(name), cmp.Or(strings.Join(stems, " "), "nothing"))
+}
+
+// joiner writes the files of a capture as one pcap. A file is known by the time of its first packet, since tcpdump
+// writes the next one over the oldest: by these times it keeps its place.
+type joiner struct {
+	stem           string
+	follow         bool
+	stdout, stderr io.Writer
+	order          binary.ByteOrder // of all numbers; nil until the header, which is the same in all files, is written
+	at             place
+	packets, bytes int
+}
+
+// place is how far a file has been read.
+type place struct {
+	path   string
+	first  uint64 // time of its first packet, with the seconds in the upper half
+	offset int64
+}
+
+const (
+	pcapHeader   = 24 // bytes of a file's header
+	packetHeader = 16 // and of a packet's: seconds, their fraction, captured length, length; 4 bytes each
+)
+
+// join ends with the file that was the newest when it began, or with follow when the capture ends.
+func (j *joiner) join(ctx context.Context) error {
+	newest := uint64(0)
+	for first := true; ctx.Err() == nil; first = false {
+		files, isThere, err := j.files()
+		if first && len(files) > 0 {
+			newest = files[len(files)-1].first
+		}
+		if err = cmp.Or(err, j.read()); err != nil { // the rest of a file, if there was a next one before
+			return err
+		}
+		next := slices.IndexFunc(files, func(f place) bool { return f.first > j.at.first })
+		switch {
+		case next >= 0 && (j.follow || files[next].first <= newest):
+			j.at = files[next]
+		case !j.follow || !isThere:
+			return nil
+		default:
+			sleep(ctx, 50*time.Millisecond)
+		}
+	}
+	return nil
+}
+
+// files are those that hold a packet, the oldest first, and whether there are any. The first header is written.
+func (j *joiner) files() (files []place, isThere bool, err error) {
+	paths, _ := findFiles(filepath.Dir(j.stem), func(name string) bool { return ownsFile(j.stem, name) })
+	for _, path := range paths {
+		head, _ := readAt(path, 0, pcapHeader+packetHeader)
+		if j.order == nil && len(head) >= pcapHeader {
+			err = cmp.Or(err, j.begin(path, head[:pcapHeader]))
+		}
+		if j.order != nil && len(head) == pcapHeader+packetHeader {
+			files = append(files, place{path, j.timeOf(head[pcapHeader:]), pcapHeader})
+		}
+	}
+	slices.SortStableFunc(files, func(a, b place) int { return cmp.Compare(a.first, b.first) })
+	return files, len(paths) > 0, err
+}
+
+// begin writes the header. The times behind it are in micro- or nanoseconds.
+func (j *joiner) begin(path string, header []byte) error {
+	for _, order := range []binary.ByteOrder{binary.LittleEndian, binary.BigEndian} {
+		if magic := order.Uint32(header); magic == 0xa1b2c3d4 || magic == 0xa1b23c4d {
+			j.order = order
+			return j.write(header)
+		}
+	}
+	return fmt.Errorf("%s is no pcap file: it begins with % x", path, header[:4])
+}
+
+func (j *joiner) timeOf(packet []byte) uint64 {
+	return uint64(j.order.Uint32(packet))<<32 | uint64(j.order.Uint32(packet[4:]))
+}
+
+// read writes the whole packets that are new in the file at j.at, unless it has become another one meanwhile.
+func (j *joiner) read() error {
+	if j.at.path == "" {
+		return nil
+	}
+	data, err := readAt(j.at.path, j.at.offset, math.MaxInt32)
+	first, _ := readAt(j.at.path, pcapHeader, packetHeader)
+	if err != nil || len(first) < packetHeader || j.timeOf(first) != j.at.first {
+		if !j.follow || !errors.Is(err, os.ErrNotExist) { // that is how a capture ends
+			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.at.path)
+		}
+		j.at.path = "" // on with the next
+		return nil
+	}
+	end := 0
+	for len(data)-end >= packetHeader {
+		size := packetHeader + int(j.order.Uint32(data[end+8:]))
+		if len(data)-end < size {
+			break
+		}
+		end += size
+		j.packets++
+	}
+	j.at.offset += int64(end)
+	return j.write(data[:end])
+}
+
+func (j *joiner) write(data []byte) error {
+	n, err := j.stdout.Write(data)
+	j.bytes += n
+	return err
+}
+
+// readAt reads a part of a file, and less at its end. It is closed at once: a deleted file that is open takes room.
+func readAt(path string, offset, length int64) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return io.ReadAll(io.NewSectionReader(file, offset, length))
+}
+
+// ---- Helpers ----
+
+// backoff says how long to wait after a failure: from least to twice that, then twice as long each time, up to most.
 type backoff struct {
 	least, most time.Duration
 	failures    int
@@ -1453,63 +1606,48 @@ type backoff struct {
 // next is never the same, so that nodes do not act in step. What the API server asked for comes on top: it asks all
 // nodes for the same.
 func (b *backoff) next(err error) time.Duration {
-	least, most := b.least, min(b.most<<b.failures, backoffMax)
-	if b.failures > 0 {
-		least = most * 9 / 10
-	}
-	b.failures = min(b.failures+1, 10)
-	wait := least + rand.N(most-least)
+	base := min(b.least<<b.failures, b.most/2)
+	b.failures = min(b.failures+1, 16)
+	wait := base + rand.N(base)
 	if status := new(statusError); errors.As(err, &status) {
 		wait += status.retryAfter
 	}
 	return wait
 }
 
-// isCapture reports whether a file's name is one of any capture's.
-func isCapture(name string) bool {
-	return strings.HasPrefix(name, "capture-") && strings.HasSuffix(strings.TrimRight(name, digits), ".pcap")
+// sleep waits, but not longer than ctx.
+func sleep(ctx context.Context, wait time.Duration) {
+	select {
+	case <-time.After(wait):
+	case <-ctx.Done():
+	}
 }
 
-// findFiles returns the paths of a folder's files whose names match, and their bytes.
-func findFiles(folder string, matches func(name string) bool) (paths []string, bytes int64) {
-	entries, _ := os.ReadDir(folder)
-	for _, entry := range entries {
-		if !matches(entry.Name()) {
-			continue
-		}
-		if info, err := entry.Info(); err == nil && info.Mode().IsRegular() {
-			paths = append(paths, filepath.Join(folder, entry.Name()))
-			bytes += info.Size()
-		}
-	}
-	return paths, bytes
+// untilNextSecond has all that look every second look together.
+func untilNextSecond() time.Duration {
+	return time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 }
 
-func removeFiles(paths []string) (err error) {
-	for _, path := range paths {
-		err = errors.Join(err, os.Remove(path))
+// quote is a text of somebody else's in quotes, and cut where it is long.
+func quote(text string) string {
+	if start := cut(text); start != text {
+		return strconv.Quote(strings.TrimSuffix(start, "…")) + "…"
 	}
-	return err
+	return strconv.Quote(text)
 }
 
-// freeBytes is what a folder's file system has room for; one that does not say is not taken for full.
-func freeBytes(folder string) int64 {
-	var stat syscall.Statfs_t
-	if err := syscall.Statfs(folder, &stat); err != nil {
-		return math.MaxInt64
+// cut shortens a text of more than 128 characters, and shows it.
+func cut(text string) string {
+	if runes := []rune(text); len(runes) > 128 {
+		return string(runes[:128]) + "…"
 	}
-	return int64(stat.Bavail) * int64(stat.Bsize)
+	return text
 }
 
-// readFile is a file of /proc as text, "" when its process has ended. It is read at once, with three system calls:
-// thousands are, before a capture starts.
-func readFile(path string) string {
-	file, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return ""
+// count is "1 packet" or "2 packets".
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
 	}
-	defer syscall.Close(file)
-	var text [8192]byte
-	n, _ := syscall.Read(file, text[:])
-	return string(text[:max(n, 0)])
+	return fmt.Sprintf("%d %ss", n, noun)
 }

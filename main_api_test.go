@@ -32,7 +32,7 @@ import (
 	"time"
 )
 
-// fakeAPI is what packetcapture needs of an API server: the Pods of one node, their changes, and Events. It fails
+// fakeAPI is what packetcapture needs of an API server: the pods of one node, their changes, and Events. It fails
 // the test on any request beside these, and so proves what RBAC must allow (C8). It is an http.Handler for a real
 // server (serve), and an http.RoundTripper without any network (kube), which works in a bubble of testing/synctest.
 type fakeAPI struct {
@@ -42,7 +42,6 @@ type fakeAPI struct {
 	ca      *authority // that ca.crt names
 
 	// To be set before the first request.
-	pageSize      int           // Pods in a page of a list; 0: all
 	bookmarkEvery time.Duration // for each watch; 0: only when told to
 	endless       bool          // watches ignore their timeoutSeconds
 	most          int           // requests; one more fails the test and is not answered; 0: no bound
@@ -63,7 +62,7 @@ type fakeAPI struct {
 	open      int              // watches
 }
 
-// fakePod is a Pod's metadata. A Pod that is put again keeps its key, namespace and name; the UID may be another.
+// fakePod is a pod's metadata. A pod that is put again keeps its key, namespace and name; the UID may be another.
 type fakePod struct {
 	namespace, name, uid string
 	annotations          map[string]string
@@ -121,18 +120,12 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 // mount writes a file of the service account's folder.
 func (f *fakeAPI) mount(name, text string) {
 	f.t.Helper()
-	if err := os.WriteFile(filepath.Join(f.account, name), []byte(text), 0o600); err != nil {
-		f.t.Fatal(err)
-	}
+	must(f.t, os.WriteFile(filepath.Join(f.account, name), []byte(text), 0o600))
 }
 
 // kube returns a client without network.
 func (f *fakeAPI) kube() *kube {
-	f.t.Helper()
-	k, err := newKube("https://kubernetes.test", f.account)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	k := newKube("https://kubernetes.test", f.account)
 	k.http.Transport = f
 	return k
 }
@@ -141,9 +134,7 @@ func (f *fakeAPI) kube() *kube {
 func (f *fakeAPI) serve(address string, ca *authority) *httptest.Server {
 	f.t.Helper()
 	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	must(f.t, err)
 	server := httptest.NewUnstartedServer(f)
 	server.Listener.Close()
 	server.Listener = listener
@@ -157,7 +148,7 @@ func (f *fakeAPI) serve(address string, ca *authority) *httptest.Server {
 
 // ---- The store ----
 
-// put stores a Pod and returns its version.
+// put stores a pod and returns its version.
 func (f *fakeAPI) put(p fakePod) string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -172,7 +163,7 @@ func (f *fakeAPI) put(p fakePod) string {
 	return versionName(f.version)
 }
 
-// annotate puts a Pod of namespace default with this number of files; "" is no annotation.
+// annotate puts a pod of namespace default with this number of files; "" is no annotation.
 func (f *fakeAPI) annotate(name, n string) string {
 	p := fakePod{namespace: "default", name: name, uid: "uid-" + name}
 	if n != "" {
@@ -181,7 +172,7 @@ func (f *fakeAPI) annotate(name, n string) string {
 	return f.put(p)
 }
 
-// remove deletes a Pod, if there is one, and returns the version of that.
+// remove deletes a pod, if there is one, and returns the version of that.
 func (f *fakeAPI) remove(namespace, name string) string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -401,11 +392,9 @@ func (f *fakeAPI) checkList(query url.Values, accept string) string {
 	case accept != "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1":
 		return "it accepts " + accept
 	case query.Get("fieldSelector") != "spec.nodeName="+f.node:
-		return "it is not about the Pods of the node alone"
-	case query.Has("continue") && query.Has("resourceVersion"):
-		return "a server refuses resourceVersion beside continue"
+		return "it is not about the pods of the node alone"
 	}
-	return keysBeside(query, "fieldSelector", "resourceVersion", "continue")
+	return keysBeside(query, "fieldSelector", "resourceVersion")
 }
 
 func (f *fakeAPI) checkWatch(query url.Values, accept string) string {
@@ -414,7 +403,7 @@ func (f *fakeAPI) checkWatch(query url.Values, accept string) string {
 	case accept != "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1":
 		return "it accepts " + accept
 	case query.Get("fieldSelector") != "spec.nodeName="+f.node:
-		return "it is not about the Pods of the node alone"
+		return "it is not about the pods of the node alone"
 	case query.Get("watch") != "true" || query.Get("allowWatchBookmarks") != "true":
 		return "watch and allowWatchBookmarks must be true"
 	case seconds < 300 || seconds > 600:
@@ -442,31 +431,13 @@ func (f *fakeAPI) list(w http.ResponseWriter, query url.Values) {
 		writeStatus(w, 504, "Timeout: Too large resource version")
 		return
 	}
-	at, after := f.version, ""
-	if token := query.Get("continue"); token != "" {
-		name, key, _ := strings.Cut(token, "/")
-		if at, after = parseVersion(name), key; at < f.compacted {
-			writeStatus(w, 410, "The provided continue parameter is too old")
-			return
-		}
-	}
-	metadata := map[string]any{"resourceVersion": versionName(at)}
 	var items []any // null when there are none, as the real one says
 	for _, key := range slices.Sorted(maps.Keys(f.pods)) {
-		if key <= after {
-			continue
-		}
-		if f.pageSize > 0 && len(items) == f.pageSize {
-			metadata["continue"] = versionName(at) + "/" + after
-			break
-		}
 		items = append(items, f.pods[key].object())
-		if f.pageSize > 0 && len(items) == f.pageSize {
-			after = key
-		}
 	}
 	writeJSON(w, 200, map[string]any{
-		"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": metadata, "items": items,
+		"kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1",
+		"metadata": map[string]any{"resourceVersion": versionName(f.version)}, "items": items,
 	})
 }
 
@@ -577,10 +548,7 @@ func (p fakePod) object() map[string]any {
 }
 
 func watchFrame(kind string, object any) []byte {
-	data, err := json.Marshal(map[string]any{"type": kind, "object": object})
-	if err != nil {
-		panic(err)
-	}
+	data, _ := json.Marshal(map[string]any{"type": kind, "object": object})
 	return append(data, '\n')
 }
 
@@ -709,47 +677,38 @@ type authority struct {
 	pem         []byte
 }
 
-// The time in a bubble of testing/synctest begins in 2000.
-var notBefore, notAfter = time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)
-
 func newAuthority(t testing.TB) *authority {
-	t.Helper()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "kubernetes"}, NotBefore: notBefore, NotAfter: notAfter,
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := &authority{key: key, pem: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
-	if a.certificate, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
+	a := &authority{}
+	a.certificate, a.key = a.sign(t, &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign})
+	a.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.certificate.Raw})
 	return a
 }
 
 // issue makes a certificate for a server.
 func (a *authority) issue(t testing.TB) tls.Certificate {
-	t.Helper()
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "kube-apiserver"}, NotBefore: notBefore, NotAfter: notAfter,
+	certificate, key := a.sign(t, &x509.Certificate{
 		DNSNames: []string{"kubernetes.test"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
+	})
+	return tls.Certificate{Certificate: [][]byte{certificate.Raw}, PrivateKey: key}
+}
+
+// sign makes a certificate. An authority signs its own by itself. The time in a bubble of testing/synctest begins in 2000.
+func (a *authority) sign(t testing.TB, template *x509.Certificate) (*x509.Certificate, *ecdsa.PrivateKey) {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
+	must(t, err)
+	template.SerialNumber, template.Subject = big.NewInt(1), pkix.Name{CommonName: "kubernetes"}
+	template.NotBefore, template.NotAfter = time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC), time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)
+	signer, signing := cmp.Or(a.certificate, template), cmp.Or(a.key, key)
+	if !template.IsCA {
+		template.SerialNumber = big.NewInt(2)
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.certificate, key.Public(), a.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+	der, err := x509.CreateCertificate(rand.Reader, template, signer, key.Public(), signing)
+	must(t, err)
+	certificate, err := x509.ParseCertificate(der)
+	must(t, err)
+	return certificate, key
 }
 
 // ---- The log ----

@@ -9,26 +9,25 @@ import (
 	"log/slog"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// The world around a controller: a folder that looks like /proc, children that stand in for os/exec's, and the time
-// of testing/synctest, in which a minute takes no time and a goroutine that is left over fails the test.
+// The world around the program: a folder that looks like /proc, and children that stand in for tcpdump. The API server is
+// in main_api_test.go. Time is that of testing/synctest, in which a minute takes no time and a goroutine that is left over
+// fails the test.
 
 func init() { slog.SetDefault(slog.New(slog.DiscardHandler)) }
 
 // ---- /proc ----
 
-const host = "host" // the name of the host's network namespace and root
+const host = "host" // the name of the host's network and root
 
 // fakeProc is a folder that looks like /proc.
 type fakeProc struct {
@@ -36,7 +35,7 @@ type fakeProc struct {
 	dir string
 }
 
-type process struct {
+type fakeProcess struct {
 	pid       int
 	cgroup    string
 	net, root string // names: those of the same name are the same
@@ -45,8 +44,8 @@ type process struct {
 
 func newProc(t testing.TB) *fakeProc {
 	p := &fakeProc{t, t.TempDir()}
-	p.add(process{pid: 1, cgroup: "0::/init.scope\n", net: host, root: host, born: 1})
-	p.newest(1)
+	p.interfaces(host, "lo", "ens3")
+	p.add(fakeProcess{pid: 1, cgroup: "0::/init.scope\n", net: host, root: host, born: 1})
 	return p
 }
 
@@ -54,30 +53,36 @@ func (p *fakeProc) path(pid int, file string) string {
 	return filepath.Join(p.dir, strconv.Itoa(pid), file)
 }
 
+// interfaces sets what a network has. One that nobody has set has lo and eth0.
+func (p *fakeProc) interfaces(net string, names ...string) {
+	folder := filepath.Join(p.dir, "net-"+net)
+	text := "Inter-|   Receive                      |  Transmit\n face |bytes    packets errs drop|bytes    packets errs drop\n"
+	for _, name := range names {
+		text += fmt.Sprintf("%6s: 1296 16 0 0 1296 16 0 0\n", name)
+	}
+	must(p, os.MkdirAll(folder, 0o755), os.WriteFile(filepath.Join(folder, "dev"), []byte(text), 0o644))
+}
+
 // add starts a process, or changes one.
-func (p *fakeProc) add(ps process) {
+func (p *fakeProc) add(ps fakeProcess) {
 	p.Helper()
 	net, root := filepath.Join(p.dir, "net-"+ps.net), filepath.Join(p.dir, "root-"+ps.root)
 	os.RemoveAll(p.path(ps.pid, ""))
-	must(p, os.MkdirAll(p.path(ps.pid, "ns"), 0o755), os.MkdirAll(root, 0o755), os.WriteFile(net, nil, 0o644),
-		os.Symlink(net, p.path(ps.pid, "ns/net")), os.Symlink(root, p.path(ps.pid, "root")),
+	if _, err := os.Stat(net); err != nil {
+		p.interfaces(ps.net, "lo", "eth0")
+	}
+	must(p, os.MkdirAll(p.path(ps.pid, "ns"), 0o755), os.MkdirAll(root, 0o755), os.WriteFile(net+"/ns", nil, 0o644),
+		os.Symlink(net+"/ns", p.path(ps.pid, "ns/net")), os.Symlink(root, p.path(ps.pid, "root")), os.Symlink(net, p.path(ps.pid, "net")),
 		os.WriteFile(p.path(ps.pid, "cgroup"), []byte(ps.cgroup), 0o644),
 		os.WriteFile(p.path(ps.pid, "stat"), []byte(statLine(ps.pid, "pause", ps.born)), 0o644))
 }
 
-// pod starts the process that holds a Pod's sandbox, whose PID was given out last.
+// pod starts the process that holds a pod's network.
 func (p *fakeProc) pod(pid int, uid string) {
-	p.add(process{pid: pid, cgroup: cgroupOf(uid), net: uid, root: uid, born: pid})
-	p.newest(pid)
+	p.add(fakeProcess{pid: pid, cgroup: cgroupOf(uid), net: uid, root: uid, born: pid})
 }
 
 func (p *fakeProc) end(pid int) { must(p, os.RemoveAll(p.path(pid, ""))) }
-
-// newest sets the PID that was given out last.
-func (p *fakeProc) newest(pid int) {
-	text := fmt.Sprintf("0.20 0.18 0.12 1/80 %d\n", pid)
-	must(p, os.WriteFile(filepath.Join(p.dir, "loadavg"), []byte(text), 0o644))
-}
 
 // statLine is a /proc/<pid>/stat: its field 22 is when the process started.
 func statLine(pid int, command string, born int) string {
@@ -90,40 +95,45 @@ func cgroupOf(uid string) string {
 
 // ---- Children ----
 
-// behaviour is how children act that are started from now on. The zero one listens and ends at once.
+// behaviour is how children act that are started from now on. The zero one listens and ends at once when it is told to.
 type behaviour struct {
 	refusal  error         // why none can be started
 	startup  time.Duration // until it listens
-	words    string        // what it says then instead, and exits with status 1
+	warning  string        // what it says just before
+	words    string        // what it says instead, and exits with status 1
 	shutdown time.Duration // from SIGTERM to its end
 	deaf     bool          // it ignores SIGTERM
 	immortal bool          // and SIGKILL
+	syntax   string        // what tcpdump -d says of a filter, and exits with status 1
+	compile  time.Duration // how long it takes for that
 }
 
-// children stand in for os/exec, and watch over what must hold at any time.
+// children stand in for tcpdump, and watch over what must hold at any time.
 type children struct {
-	*testing.T
+	testing.TB
+	proc *fakeProc
+
 	mu       sync.Mutex
 	next     behaviour
-	all      []*child
+	all      []*fakeChild
 	attempts []time.Time // at which one was to be started
+	compiled []string    // the filters that tcpdump -d was given
 }
 
-type child struct {
+type fakeChild struct {
 	behaviour
 	pid, n    int
 	stem      string   // its -w
 	arguments []string // nsenter's
-	network   string   // the file that it found at descriptor 3
+	network   string   // the folder of the network that it found at descriptor 3
 	files     []string
 	signals   []string
-	quit      chan end
+	quit      chan childEnd
 	gone      chan struct{} // closed when it has ended
-	err       error
 }
 
-// end is how a child ends: what it says, and what wait returns.
-type end struct {
+// childEnd is how a child ends: what it says, and what wait returns.
+type childEnd struct {
 	words string
 	err   error
 }
@@ -141,18 +151,25 @@ func (k *children) behave(b behaviour) {
 	k.next = b
 }
 
-func (k *children) start(cmd *exec.Cmd) (io.Reader, error) {
+// start is a starter.
+func (k *children) start(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if slices.Contains(arguments, "-d") {
+		return k.compiler(ctx, stderr, network, arguments)
+	}
 	k.attempts = append(k.attempts, time.Now())
 	if k.next.refusal != nil {
 		return nil, k.next.refusal
 	}
-	c := &child{behaviour: k.next, pid: 100_000 + len(k.all), arguments: cmd.Args[1:], network: cmd.ExtraFiles[0].Name(),
-		quit: make(chan end, 10), gone: make(chan struct{})}
-	if _, err := cmd.ExtraFiles[0].Stat(); err != nil {
-		k.Errorf("the namespace's file is closed before the child has it: %v", err)
+	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments[1:], quit: make(chan childEnd, 10), gone: make(chan struct{})}
+	if _, err := network.Stat(); err != nil {
+		k.Errorf("the network's file is closed before the child has it: %v", err)
 	}
+	target, err := os.Readlink(network.Name())
+	must(k, err)
+	c.network = filepath.Dir(target)
+	k.proc.add(fakeProcess{pid: c.pid, cgroup: "0::/\n", net: strings.TrimPrefix(filepath.Base(c.network), "net-"), root: "packetcapture"})
 	c.stem = c.option("-w")
 	c.n, _ = strconv.Atoi(c.option("-W"))
 	for _, other := range k.all {
@@ -164,24 +181,62 @@ func (k *children) start(cmd *exec.Cmd) (io.Reader, error) {
 		c.files = append(c.files, fileName(c.stem, c.n, i))
 		must(k, os.WriteFile(c.files[i], make([]byte, 100), 0o644))
 	}
-	cmd.Process = &os.Process{Pid: c.pid}
 	k.all = append(k.all, c)
-	stderr, words := io.Pipe()
-	go k.live(c, words)
-	return stderr, nil
+	kill := func() error {
+		if c.immortal {
+			return errors.New("permission denied")
+		}
+		c.exit("", errKilled)
+		return nil
+	}
+	return &child{c.pid, func() error { return k.live(ctx, c, stderr) }, kill}, nil
 }
 
-func (k *children) live(c *child, stderr *io.PipeWriter) {
+// compiler is tcpdump -d.
+func (k *children) compiler(ctx context.Context, stderr io.Writer, network *os.File, arguments []string) (*child, error) {
+	b := k.next
+	if network != nil || arguments[0] != "tcpdump" || arguments[len(arguments)-2] != "--" {
+		k.Errorf("a filter is compiled with %q", arguments)
+	}
+	k.compiled = append(k.compiled, arguments[len(arguments)-1])
+	wait := func() error {
+		select {
+		case <-time.After(b.compile):
+		case <-ctx.Done():
+			return errKilled
+		}
+		if b.syntax != "" {
+			io.WriteString(stderr, b.syntax)
+			return errStatus
+		}
+		return nil
+	}
+	return &child{1, wait, func() error { return nil }}, nil
+}
+
+// live is a child's life. Like os/exec it sends SIGTERM when ctx ends, and SIGKILL after termGrace.
+func (k *children) live(ctx context.Context, c *fakeChild, stderr io.Writer) error {
 	defer close(c.gone)
-	defer stderr.Close()
-	startup := time.After(c.startup)
+	defer k.proc.end(c.pid)
+	startup, told, kill := time.After(c.startup), ctx.Done(), (<-chan time.Time)(nil)
 	for {
 		select {
 		case <-startup:
 			if c.words == "" {
-				io.WriteString(stderr, "tcpdump: listening on eth0, link-type EN10MB (Ethernet), snapshot length 262144 bytes\n")
+				io.WriteString(stderr, c.warning+"tcpdump: listening on eth0, link-type EN10MB (Ethernet), snapshot length 262144 bytes\n")
 			} else {
 				c.exit(c.words, errStatus)
+			}
+		case <-told:
+			told, kill = nil, time.After(termGrace)
+			c.signal(k, "terminated")
+			if !c.deaf {
+				time.AfterFunc(c.shutdown, func() { c.exit(closing, nil) })
+			}
+		case <-kill:
+			c.signal(k, "killed")
+			if !c.immortal {
+				c.exit("", errKilled)
 			}
 		case e := <-c.quit:
 			for _, file := range c.files {
@@ -190,41 +245,15 @@ func (k *children) live(c *child, stderr *io.PipeWriter) {
 				}
 			}
 			io.WriteString(stderr, e.words)
-			c.err = e.err
-			return
+			return e.err
 		}
 	}
 }
 
-func (k *children) wait(cmd *exec.Cmd) error {
-	c := k.of(cmd)
-	<-c.gone
-	return c.err
-}
-
-func (k *children) signal(cmd *exec.Cmd, s os.Signal) error {
-	c := k.of(cmd)
-	if !c.lives() {
-		return os.ErrProcessDone
-	}
-	k.mu.Lock()
-	c.signals = append(c.signals, s.String())
-	k.mu.Unlock()
-	switch {
-	case s == syscall.SIGTERM && !c.deaf:
-		time.AfterFunc(c.shutdown, func() { c.exit(closing, nil) })
-	case s == syscall.SIGKILL && !c.immortal:
-		c.exit("", errKilled)
-	case s != syscall.SIGTERM && s != syscall.SIGKILL:
-		k.Errorf("signal %v", s)
-	}
-	return nil
-}
-
-func (k *children) of(cmd *exec.Cmd) *child {
+func (c *fakeChild) signal(k *children, name string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.all[slices.IndexFunc(k.all, func(c *child) bool { return c.pid == cmd.Process.Pid })]
+	c.signals = append(c.signals, name)
 }
 
 // started is how many there were.
@@ -234,8 +263,8 @@ func (k *children) started() int {
 	return len(k.all)
 }
 
-// at is the child that was started as number i, last the last one.
-func (k *children) at(i int) *child {
+// at is the child that was started as number i.
+func (k *children) at(i int) *fakeChild {
 	k.Helper()
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -245,7 +274,7 @@ func (k *children) at(i int) *child {
 	return k.all[i]
 }
 
-func (k *children) last() *child { k.Helper(); return k.at(k.started() - 1) }
+func (k *children) last() *fakeChild { k.Helper(); return k.at(k.started() - 1) }
 
 // signals are those that the last child was sent.
 func (k *children) signals() []string {
@@ -255,7 +284,7 @@ func (k *children) signals() []string {
 	return slices.Clone(last.signals)
 }
 
-func (c *child) lives() bool {
+func (c *fakeChild) lives() bool {
 	select {
 	case <-c.gone:
 		return false
@@ -265,14 +294,14 @@ func (c *child) lives() bool {
 }
 
 // exit ends a child, by itself or by a signal; the first counts.
-func (c *child) exit(words string, err error) {
+func (c *fakeChild) exit(words string, err error) {
 	select {
-	case c.quit <- end{words, err}:
+	case c.quit <- childEnd{words, err}:
 	default:
 	}
 }
 
-func (c *child) option(name string) string {
+func (c *fakeChild) option(name string) string {
 	return c.arguments[slices.Index(c.arguments, name)+1]
 }
 
@@ -286,15 +315,16 @@ func fileName(stem string, n, i int) string {
 
 // ---- The whole ----
 
-// world is a controller whose loop runs in a bubble of time.
+// world is a node whose captures run in a bubble of time. The test stands where the list and the watch are: it applies
+// pods as they would.
 type world struct {
 	*testing.T
-	c    *controller
+	*podWatch
 	kids *children
 	proc *fakeProc
 	root string
+	ctx  context.Context // the program's
 	end  context.CancelFunc
-	done chan struct{} // closed when loop has returned
 }
 
 // simulate tells a story in a world whose captures may take the given number of files, 0 for no bound. When it is
@@ -310,7 +340,7 @@ func simulate(t *testing.T, limit int64, story func(w *world)) {
 				t.Errorf("child %d is left: %v", c.pid, c.arguments)
 			}
 		}
-		if files := w.files(); len(files) > 0 {
+		if files := w.fileNames(); len(files) > 0 {
 			t.Errorf("files are left: %v", files)
 		}
 	})
@@ -318,42 +348,45 @@ func simulate(t *testing.T, limit int64, story func(w *world)) {
 
 func newWorld(t *testing.T, limit int64) *world {
 	t.Helper()
-	w := &world{T: t, kids: &children{T: t}, proc: newProc(t), root: t.TempDir(), done: make(chan struct{})}
+	proc := newProc(t)
+	w := &world{T: t, kids: &children{TB: t, proc: proc}, proc: proc, root: t.TempDir()}
 	cfg := testConfig(t, w.proc.dir, w.root)
 	if limit > 0 {
-		cfg.limit = limit * fileBytes
+		cfg.diskLimit = limit * fileBytes
 	}
-	var err error
-	w.c, err = newController(cfg)
+	n, err := newNode(cfg)
 	must(t, err)
-	w.c.start, w.c.wait, w.c.signal = w.kids.start, w.kids.wait, w.kids.signal
-	ctx, cancel := context.WithCancel(t.Context())
-	w.end = cancel
-	go func() { w.c.loop(ctx); close(w.done) }()
+	n.start = w.kids.start
+	w.podWatch = newPodWatch(n)
+	w.ctx, w.end = context.WithCancel(t.Context())
 	return w
 }
 
-// finish tells the program to end and waits for that.
+// finish tells the program to end and waits for its captures.
 func (w *world) finish(within time.Duration) {
 	w.Helper()
 	began := time.Now()
 	w.end()
-	<-w.done
+	w.alive.Wait()
 	if took := time.Since(began); took > within {
-		w.Errorf("the program took %v to end, of %v", took, within)
+		w.Errorf("the captures took %v to end, of %v", took, within)
 	}
 	synctest.Wait()
 }
 
-// send brings a change of the watch and waits until it has had its effect.
-func (w *world) send(kind string, pods ...pod) {
-	w.c.changes <- change{kind, pods}
+// see has the watch say that pods are there, or have changed, and waits until that has had its effect.
+func (w *world) see(pods ...pod) {
+	for _, p := range pods {
+		w.apply(w.ctx, p)
+	}
 	synctest.Wait()
 }
 
-// inside runs f in loop, where the state may be touched.
-func (w *world) inside(f func()) {
-	w.c.inbox <- f
+// lose has the watch say that pods are deleted.
+func (w *world) lose(pods ...pod) {
+	for _, p := range pods {
+		w.forget(p.uid)
+	}
 	synctest.Wait()
 }
 
@@ -363,10 +396,10 @@ func (w *world) pass(d time.Duration) {
 	synctest.Wait()
 }
 
-// events are those that were told since the last call.
-func (w *world) events() (events []event) {
-	for len(w.c.recorder.news) > 0 {
-		events = append(events, <-w.c.recorder.news)
+// news are the Events that were told since the last call.
+func (w *world) news() (events []event) {
+	for len(w.events.news) > 0 {
+		events = append(events, <-w.events.news)
 	}
 	return events
 }
@@ -374,14 +407,17 @@ func (w *world) events() (events []event) {
 // told checks the Events since the last call, each by "<kind> <reason>: <words in its message>".
 func (w *world) told(want ...string) {
 	w.Helper()
-	events := w.events()
-	ok := len(events) == len(want)
+	var got []string
+	for _, e := range w.news() {
+		got = append(got, e.kind+" "+e.reason+": "+e.message)
+	}
+	ok := len(got) == len(want)
 	for i := 0; ok && i < len(want); i++ {
 		what, words, _ := strings.Cut(want[i], ": ")
-		ok = what == events[i].kind+" "+events[i].reason && strings.Contains(events[i].message, words)
+		ok = strings.HasPrefix(got[i], what+": ") && strings.Contains(got[i], words)
 	}
 	if !ok {
-		w.Errorf("Events:\n%q\nwant:\n%q", events, want)
+		w.Errorf("Events:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
@@ -405,14 +441,16 @@ func (w *world) runs(want ...string) {
 	if !slices.Equal(got, want) {
 		w.Errorf("children %q, want %q", got, want)
 	}
-	if there := w.files(); !slices.Equal(there, files) {
+	if there := w.fileNames(); !slices.Equal(there, files) {
 		w.Errorf("files %q, want %q", there, files)
 	}
 }
 
-func (w *world) files() (names []string) {
-	entries, err := os.ReadDir(w.root)
-	must(w, err)
+func (w *world) fileNames() []string { return namesIn(w, w.root) }
+
+func namesIn(t testing.TB, folder string) (names []string) {
+	entries, err := os.ReadDir(folder)
+	must(t, err)
 	for _, entry := range entries {
 		names = append(names, entry.Name())
 	}
@@ -422,8 +460,8 @@ func (w *world) files() (names []string) {
 // testConfig is a node with a service account that can be read.
 func testConfig(t testing.TB, proc, root string) config {
 	t.Helper()
-	cfg := config{node: "node-1", pod: "packetcapture-x", api: "https://127.0.0.1:1", account: t.TempDir(), proc: proc,
-		root: root, limit: 1 << 62}
+	cfg := config{nodeName: "node-1", podName: "packetcapture-x", api: "https://127.0.0.1:1", account: t.TempDir(), proc: proc,
+		root: root, diskLimit: 1 << 62}
 	must(t, os.WriteFile(filepath.Join(cfg.account, "token"), []byte("token"), 0o600),
 		os.WriteFile(filepath.Join(cfg.account, "namespace"), []byte("kube-system"), 0o600),
 		os.WriteFile(filepath.Join(cfg.account, "ca.crt"), someCA, 0o600))
@@ -437,7 +475,7 @@ var someCA = func() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
 }()
 
-// podNamed is a Pod of the namespace default whose annotation is value.
+// podNamed is a pod of the namespace default whose annotation is value.
 func podNamed(name, uid, value string) pod {
 	return pod{namespace: "default", name: name, uid: uid, kubeletUID: uid, annotated: true, value: value}
 }
