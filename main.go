@@ -50,7 +50,6 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -480,8 +479,6 @@ func (w *podWatch) begin(ctx context.Context, p pod, asked request) context.Canc
 	return stop
 }
 
-var interfaceName = regexp.MustCompile(`^[a-zA-Z0-9._][a-zA-Z0-9._-]{0,14}$`)
-
 // check says what a pod's annotations ask for, or what was read and what is accepted. tcpdump itself takes "5abc" for 5.
 func (w *podWatch) check(ctx context.Context, p pod) (asked request, err error) {
 	n, err := strconv.Atoi(p.value)
@@ -491,7 +488,7 @@ func (w *podWatch) check(ctx context.Context, p pod) (asked request, err error) 
 	case err != nil || n < 1 || n > w.disk.limit || p.value != strconv.Itoa(n):
 		return asked, fmt.Errorf("the annotation %s is %s: accepted is the number of files to rotate through, "+
 			"a plain decimal number from 1 to %d", annotation, quote(p.value), w.disk.limit)
-	case p.hasIface && !interfaceName.MatchString(p.iface):
+	case p.hasIface && !isInterface(p.iface):
 		return asked, fmt.Errorf("the annotation %s is %s: accepted is the name of a network interface, or any, at most 15 "+
 			"characters of a-z A-Z 0-9 . _ -, not beginning with -", interfaceAnnotation, quote(p.iface))
 	case strings.ContainsFunc(asked.filter, isControl) || len(asked.filter) > maxFilter:
@@ -697,14 +694,10 @@ func (c *capture) warn(reason, message, detail string) {
 
 // runTcpdump captures in the pod's network, and returns why that ended. Every second it looks whether it still should.
 func (c *capture) runTcpdump(ctx context.Context) error {
-	s, ok := c.processes.find(c.pod)
-	if !ok {
-		return errGone
-	}
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	said := newStderr()
-	tcpdump, err := c.startTcpdump(ctx, s, said)
+	s, tcpdump, err := c.startTcpdump(ctx, said)
 	if err != nil {
 		return err
 	}
@@ -739,26 +732,30 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 	return context.Cause(ctx)
 }
 
-// startTcpdump starts tcpdump in a sandbox. ctx ends it.
-func (c *capture) startTcpdump(ctx context.Context, s sandbox, said *stderr) (*child, error) {
+// startTcpdump starts tcpdump in the pod's network. ctx ends it.
+func (c *capture) startTcpdump(ctx context.Context, said *stderr) (sandbox, *child, error) {
+	s, ok := c.processes.find(c.pod)
+	if !ok {
+		return s, nil, errGone
+	}
 	device := cmp.Or(c.asked.iface, podInterface)
 	if s.isHost {
 		device = cmp.Or(c.asked.iface, "any")
 	}
 	// tcpdump takes "2" for the second interface that there is, and has devices that are none, such as nflog.
 	if names := interfaces(s.dir); device != "any" && !slices.Contains(names, device) {
-		return nil, fmt.Errorf("the pod has no interface %s, but %s", device, cut(strings.Join(names, ", ")))
+		return s, nil, fmt.Errorf("the pod has no interface %s, but %s", device, cut(strings.Join(names, ", ")))
 	}
 	network, err := c.processes.open(s, c.pod)
 	if err != nil {
-		return nil, fmt.Errorf("the pod's network can't be opened: %w", err)
+		return s, nil, fmt.Errorf("the pod's network can't be opened: %w", err)
 	}
 	defer network.Close() // at once: an open file keeps the namespace, and the pod's interface, alive
 	tcpdump, err := c.start(ctx, said, network, c.arguments(device)...)
 	if err != nil {
-		return nil, fmt.Errorf("tcpdump can't be started: %w", err)
+		return s, nil, fmt.Errorf("tcpdump can't be started: %w", err)
 	}
-	return tcpdump, nil
+	return s, tcpdump, nil
 }
 
 // arguments are nsenter's. It execs, so that the child's PID is tcpdump's.
@@ -844,22 +841,25 @@ type stderr struct {
 
 func newStderr() *stderr { return &stderr{listening: make(chan struct{})} }
 
-var (
-	warnings   = regexp.MustCompile(`(?im)^.*warning: .*$`)
-	complaints = regexp.MustCompile(`(?m)^(tcpdump|nsenter): .*$`)
-	captured   = regexp.MustCompile(`(?m)^(\d+) packets? captured$`)
-	dropped    = regexp.MustCompile(`(?m)^(\d+) packets? dropped by kernel$`)
-)
-
 // Write takes what the child says as it comes.
 func (e *stderr) Write(text []byte) (int, error) {
 	e.text = append(e.text, text...)
 	if !e.listens() && bytes.Contains(e.text, []byte("listening on ")) {
-		e.warning = cut(string(warnings.Find(e.text)))
+		e.warning = warningIn(string(e.text))
 		close(e.listening)
 	}
 	e.text = e.text[max(0, len(e.text)-4096):]
 	return len(text), nil
+}
+
+// warningIn is the last line that warns, "" if none does.
+func warningIn(text string) (last string) {
+	for line := range strings.Lines(text) {
+		if strings.Contains(strings.ToLower(line), "warning: ") {
+			last = cut(strings.TrimSpace(line))
+		}
+	}
+	return last
 }
 
 func (e *stderr) listens() bool {
@@ -880,26 +880,31 @@ func (e *stderr) lastWords(err error) string {
 }
 
 // complaint is the last thing that tcpdump or nsenter complained of, "" if nothing.
-func (e *stderr) complaint() string {
-	for _, line := range slices.Backward(complaints.FindAllString(string(e.text), -1)) {
-		if !strings.Contains(line, "listening on ") && !strings.Contains(line, "data link type ") {
-			return cut(line)
+func (e *stderr) complaint() (last string) {
+	for line := range strings.Lines(string(e.text)) {
+		isOwn := strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")
+		if isOwn && !strings.Contains(line, "listening on ") && !strings.Contains(line, "data link type ") {
+			last = cut(strings.TrimSpace(line))
 		}
 	}
-	return ""
+	return last
 }
 
-// counts is what tcpdump counted, by its closing lines; one that was killed wrote none.
+// counts is what tcpdump counted, by its closing lines ("1 packet captured"); one that was killed wrote none.
 func (e *stderr) counts() string {
-	all, lost := "an unknown number of packets", "an unknown number"
-	if match := captured.FindSubmatch(e.text); match != nil {
-		n, _ := strconv.Atoi(string(match[1]))
-		all = count(n, "packet")
+	captured, dropped := "an unknown number of packets", "an unknown number"
+	for line := range strings.Lines(string(e.text)) {
+		number, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		_, what, _ := strings.Cut(rest, " ")
+		n, err := strconv.Atoi(number)
+		switch {
+		case err == nil && what == "captured":
+			captured = count(n, "packet")
+		case err == nil && what == "dropped by kernel":
+			dropped = number
+		}
 	}
-	if match := dropped.FindSubmatch(e.text); match != nil {
-		lost = string(match[1])
-	}
-	return all + " captured, " + lost + " dropped by the kernel"
+	return captured + " captured, " + dropped + " dropped by the kernel"
 }
 
 // ---- Files, and the room for them ----
@@ -1430,33 +1435,41 @@ func command(ctx context.Context, arguments []string, root string, stdout, stder
 	if err != nil {
 		return err
 	}
-	j := &joiner{stem: stem, follow: follow, stdout: stdout, stderr: stderr}
-	err = j.join(ctx)
+	j := &joiner{stem: stem, stdout: stdout, stderr: stderr}
+	err = j.join(ctx, follow)
 	fmt.Fprintf(stderr, "%s, %d bytes\n", count(j.packets, "packet"), j.bytes)
 	return err
 }
 
-// untilStdinEnds is how a command notices that its `kubectl exec -i` has gone: of stdout the runtime does not tell it.
-// Without -i, stdin is no pipe, and `cat -f` goes on until the capture ends.
+// untilStdinEnds is how cat -f notices that its `kubectl exec -i` has gone: of stdout the runtime does not tell it, and a
+// write may then wait for ever. A stdin that ends at once says nothing: it is /dev/null at the other end.
 func untilStdinEnds(ctx context.Context) context.Context {
 	if info, err := os.Stdin.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
 		return ctx
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	go func() { io.Copy(io.Discard, os.Stdin); cancel() }()
+	go func() {
+		began := time.Now()
+		io.Copy(io.Discard, os.Stdin)
+		if time.Since(began) > time.Second {
+			cancel()
+			time.Sleep(termGrace)
+			os.Exit(1)
+		}
+	}()
 	return ctx
 }
 
 // findStem is the path, without digits, of the files of the capture that is meant by a pod's name, a file or a stem.
 func findStem(root, name string) (string, error) {
-	all, _ := findFiles(root, isCapture)
-	var stems, found []string
-	for _, path := range all {
-		stem := strings.TrimRight(path, digits)
-		if slices.Contains(stems, stem) {
-			continue
-		}
-		stems = append(stems, stem)
+	stems, _ := findFiles(root, isCapture)
+	for i, path := range stems {
+		stems[i] = strings.TrimRight(path, digits)
+	}
+	slices.Sort(stems)
+	stems = slices.Compact(stems)
+	var found []string
+	for _, stem := range stems {
 		pod := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(stem), "capture-"), ".pcap")
 		if plain, _, _ := strings.Cut(pod, "_"); plain == name {
 			found = append(found, stem)
@@ -1478,9 +1491,9 @@ func findStem(root, name string) (string, error) {
 // writes the next one over the oldest: by these times it keeps its place.
 type joiner struct {
 	stem           string
-	follow         bool
 	stdout, stderr io.Writer
-	order          binary.ByteOrder // of all numbers; nil until the header, which is the same in all files, is written
+	header         []byte           // the same in all files
+	order          binary.ByteOrder // of the numbers in them
 	at             place
 	packets, bytes int
 }
@@ -1497,39 +1510,44 @@ const (
 	packetHeader = 16 // and of a packet's: seconds, their fraction, captured length, length; 4 bytes each
 )
 
-// join ends with the file that was the newest when it began, or with follow when the capture ends.
-func (j *joiner) join(ctx context.Context) error {
-	newest := uint64(0)
-	for first := true; ctx.Err() == nil; first = false {
+// join writes what the files hold, and with follow what comes, until they are deleted: that is how a capture ends.
+func (j *joiner) join(ctx context.Context, follow bool) error {
+	for {
 		files, isThere, err := j.files()
-		if first && len(files) > 0 {
-			newest = files[len(files)-1].first
-		}
-		if err = cmp.Or(err, j.read()); err != nil { // the rest of a file, if there was a next one before
+		// First the last file's rest: it is full if there is a next one.
+		if err = cmp.Or(err, j.read(), j.readNext(ctx, files)); err != nil {
 			return err
 		}
-		next := slices.IndexFunc(files, func(f place) bool { return f.first > j.at.first })
-		switch {
-		case next >= 0 && (j.follow || files[next].first <= newest):
-			j.at = files[next]
-		case !j.follow || !isThere:
+		if !follow || !isThere || ctx.Err() != nil {
 			return nil
-		default:
-			sleep(ctx, 50*time.Millisecond)
+		}
+		sleep(ctx, time.Duration(50+len(files))*time.Millisecond) // a look at a file takes some 20 µs
+	}
+}
+
+// readNext reads the files that come after the one that was read last.
+func (j *joiner) readNext(ctx context.Context, files []place) error {
+	for _, file := range files {
+		if file.first <= j.at.first || ctx.Err() != nil {
+			continue
+		}
+		j.at = file
+		if err := j.read(); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// files are those that hold a packet, the oldest first, and whether there are any. The first header is written.
+// files are those that hold a packet, the oldest first, and whether there are any.
 func (j *joiner) files() (files []place, isThere bool, err error) {
 	paths, _ := findFiles(filepath.Dir(j.stem), func(name string) bool { return ownsFile(j.stem, name) })
 	for _, path := range paths {
 		head, _ := readAt(path, 0, pcapHeader+packetHeader)
-		if j.order == nil && len(head) >= pcapHeader {
+		if len(head) >= pcapHeader {
 			err = cmp.Or(err, j.begin(path, head[:pcapHeader]))
 		}
-		if j.order != nil && len(head) == pcapHeader+packetHeader {
+		if err == nil && len(head) == pcapHeader+packetHeader {
 			files = append(files, place{path, j.timeOf(head[pcapHeader:]), pcapHeader})
 		}
 	}
@@ -1537,11 +1555,18 @@ func (j *joiner) files() (files []place, isThere bool, err error) {
 	return files, len(paths) > 0, err
 }
 
-// begin writes the header. The times behind it are in micro- or nanoseconds.
+// begin writes the first file's header. Of what kind the packets are, and whether times are in micro- or nanoseconds,
+// stands there alone.
 func (j *joiner) begin(path string, header []byte) error {
+	if j.header != nil && !bytes.Equal(header, j.header) {
+		return fmt.Errorf("%s is not of the same capture: its header differs", path)
+	}
+	if j.header != nil {
+		return nil
+	}
 	for _, order := range []binary.ByteOrder{binary.LittleEndian, binary.BigEndian} {
 		if magic := order.Uint32(header); magic == 0xa1b2c3d4 || magic == 0xa1b23c4d {
-			j.order = order
+			j.header, j.order = header, order
 			return j.write(header)
 		}
 	}
@@ -1560,7 +1585,7 @@ func (j *joiner) read() error {
 	data, err := readAt(j.at.path, j.at.offset, math.MaxInt32)
 	first, _ := readAt(j.at.path, pcapHeader, packetHeader)
 	if err != nil || len(first) < packetHeader || j.timeOf(first) != j.at.first {
-		if !j.follow || !errors.Is(err, os.ErrNotExist) { // that is how a capture ends
+		if j.at.offset == pcapHeader || !errors.Is(err, os.ErrNotExist) { // else it is how a capture ends
 			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.at.path)
 		}
 		j.at.path = "" // on with the next
@@ -1613,6 +1638,12 @@ func (b *backoff) next(err error) time.Duration {
 		wait += status.retryAfter
 	}
 	return wait
+}
+
+// isInterface reports whether a name can be an interface's: Linux has 15 bytes for it.
+func isInterface(name string) bool {
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	return name != "" && len(name) <= 15 && name[0] != '-' && strings.Trim(name, letters+digits+"._-") == ""
 }
 
 // sleep waits, but not longer than ctx.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -320,4 +321,126 @@ func TestCatUnderLoad(t *testing.T) {
 	}
 	stop()
 	must(t, <-filled)
+}
+
+// C11: 1,600 files, which is what the node's limit holds, are read in seconds: each is looked at once.
+func TestCatManyFiles(t *testing.T) {
+	root := t.TempDir()
+	var want []int
+	for i := range 1600 {
+		write(t, root, fmt.Sprintf("capture-web.pcap%04d", i), little(i))
+		want = append(want, i)
+	}
+	var out bytes.Buffer
+	began := time.Now()
+	must(t, command(t.Context(), []string{"cat", "web"}, root, &out, io.Discard))
+	if took := time.Since(began); took > 15*time.Second || !slices.Equal(numbersIn(t, binary.LittleEndian, out.Bytes()), want) {
+		t.Errorf("%v for %d bytes", took, out.Len())
+	}
+}
+
+// C11: files of another capture, which has begun under the same name, are not put behind a header that is not theirs.
+func TestCatOtherHeader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		root := t.TempDir()
+		var out bytes.Buffer
+		done := make(chan error)
+		write(t, root, "capture-web.pcap0", little(1))
+		go func() { done <- command(t.Context(), []string{"cat", "-f", "web"}, root, &out, io.Discard) }()
+		time.Sleep(time.Second)
+		other := little(2)
+		other[20] = 113 // the link type of any
+		must(t, os.Remove(root+"/capture-web.pcap0"))
+		write(t, root, "capture-web.pcap0", other)
+		if err := <-done; err == nil || !strings.Contains(err.Error(), "not of the same capture") || !bytes.Equal(out.Bytes(), little(1)) {
+			t.Errorf("error %v, % x", err, out.Bytes())
+		}
+	})
+}
+
+// C11: a capture that ends before a slow reader has read its files: that is said.
+func TestCatFollowDeletedUnread(t *testing.T) {
+	root := t.TempDir()
+	write(t, root, "capture-web.pcap0", little(1))
+	write(t, root, "capture-web.pcap1", little(2))
+	var said bytes.Buffer
+	must(t, command(t.Context(), []string{"cat", "-f", "web"}, root, writerFunc(func(text []byte) (int, error) {
+		paths, _ := findFiles(root, isCapture)
+		return len(text), removeFiles(paths)
+	}), &said))
+	if !strings.Contains(said.String(), "packets may be missing") {
+		t.Errorf("it says %q", said.String())
+	}
+}
+
+// C11: what the real tcpdump rotates is joined, and the real tcpdump reads it.
+func TestCatTcpdump(t *testing.T) {
+	if _, err := exec.LookPath("tcpdump"); err != nil && os.Getenv("CI") == "" {
+		t.Skip(err)
+	}
+	root := t.TempDir()
+	numbers := make([]int, 150_000) // 4 MB: the ring of three turns
+	for i := range numbers {
+		numbers[i] = i
+	}
+	tcpdump := func(input []byte, arguments ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "tcpdump", arguments...)
+		cmd.Stdin = bytes.NewReader(input)
+		said, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("tcpdump %q: %v: %s", arguments, err, said)
+		}
+		return string(said)
+	}
+	tcpdump(little(numbers...), "-r", "-", "-Z", "root", "-C", "1", "-W", "3", "-w", root+"/capture-web.pcap")
+	var out bytes.Buffer
+	must(t, command(t.Context(), []string{"cat", "web"}, root, &out, io.Discard))
+	got := numbersIn(t, binary.LittleEndian, out.Bytes())
+	if len(got) < 70_000 || !slices.Equal(got, numbers[len(numbers)-len(got):]) {
+		t.Fatalf("%d packets, which are not the last", len(got))
+	}
+	if said := tcpdump(out.Bytes(), "-r", "-", "--count"); !strings.Contains(said, fmt.Sprintf("%d packets", len(got))) {
+		t.Errorf("tcpdump reads %q, want %d packets", said, len(got))
+	}
+}
+
+// C11: cat -f of a client that has gone ends, also while it waits to write; a stdin that ends at once is no client that goes.
+func TestCatStdin(t *testing.T) {
+	if root := os.Getenv("CAT_ROOT"); root != "" { // the child
+		command(untilStdinEnds(t.Context()), []string{"cat", "-f", "web"}, root, os.Stdout, os.Stderr)
+		return
+	}
+	for _, atOnce := range []bool{true, false} {
+		root := t.TempDir()
+		write(t, root, "capture-web.pcap0", little(make([]int, 10_000)...)) // more than a pipe holds
+		theirs, stdin, err := os.Pipe()
+		must(t, err)
+		if atOnce {
+			stdin.Close()
+		}
+		cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestCatStdin$")
+		cmd.Env, cmd.Stdin = append(os.Environ(), "CAT_ROOT="+root), theirs
+		stdout, err := cmd.StdoutPipe()
+		must(t, err, cmd.Start(), theirs.Close())
+		defer cmd.Process.Kill()
+		_, err = io.ReadFull(stdout, make([]byte, pcapHeader)) // it runs, and nobody reads the rest
+		must(t, err)
+		ended := make(chan struct{})
+		go func() { cmd.Process.Wait(); close(ended) }()
+		endsWithin := func(limit time.Duration) bool {
+			select {
+			case <-ended:
+				return true
+			case <-time.After(limit):
+				return false
+			}
+		}
+		if endsWithin(termGrace + 1500*time.Millisecond) {
+			t.Errorf("it ends while its client is there; stdin ended at once: %v", atOnce)
+		}
+		if stdin.Close(); !atOnce && !endsWithin(20*time.Second) {
+			t.Error("it goes on although its client has gone")
+		}
+	}
 }

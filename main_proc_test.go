@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -158,6 +159,40 @@ func TestOpenReusedPID(t *testing.T) {
 	}
 }
 
+// C3: it is checked after the network's file is open. Both files are FIFOs, so that open waits at each of them until the test
+// has said what it reads.
+func TestOpenChecksLast(t *testing.T) {
+	for cgroup, want := range map[string]bool{cgroupOf(uidA): true, cgroupOf(uidB): false, "": false} {
+		proc, p := newProc(t), podNamed("web", uidA, "3")
+		proc.pod(50, uidA)
+		ps := newProcessesOf(t, proc)
+		s, _ := ps.find(p)
+		files := []string{filepath.Join(proc.dir, "net-"+uidA, "ns"), proc.path(50, "cgroup")}
+		must(t, os.Remove(files[0]), os.Remove(files[1]), syscall.Mkfifo(files[0], 0o600), syscall.Mkfifo(files[1], 0o600))
+		wrong := time.AfterFunc(patience, func() {
+			t.Error("the process is checked before its network is open")
+			for _, name := range files {
+				os.OpenFile(name, os.O_RDWR, 0) // so that nobody waits any more
+			}
+		})
+		go func() {
+			for i, text := range []string{"", cgroup} { // the first is free when the program has opened it
+				file, err := os.OpenFile(files[i], os.O_WRONLY, 0)
+				if err == nil {
+					file.WriteString(text)
+					file.Close()
+				}
+			}
+		}()
+		file, err := ps.open(s, p)
+		wrong.Stop()
+		if file.Close(); (err == nil) != want {
+			t.Errorf("a process whose cgroup is %q by then: %v", cgroup, err)
+		}
+		noneOpen(t, proc.dir)
+	}
+}
+
 // C3: its own pod is found by /proc/self, since the path of its own cgroup is cut on cgroup v2.
 func TestFindItself(t *testing.T) {
 	proc := newProc(t)
@@ -193,8 +228,8 @@ func TestFindLate(t *testing.T) {
 					return networkOf(ps, uidA)
 				}
 				look(waiting)
-				for pid := 2000; pid < 3100; pid += 200 { // a burst, of which some are there
-					proc.add(fakeProcess{pid, service, host, host, 400})
+				for pid := 2000; late == 0 && pid < 3100; pid++ { // a burst, of which most have ended
+					must(t, os.Mkdir(proc.path(pid, ""), 0o755))
 				}
 				proc.add(fakeProcess{3100, service, host, host, 500})
 				if found := look(late); found != "" {
@@ -206,6 +241,9 @@ func TestFindLate(t *testing.T) {
 					limit = 10*time.Second + birthPoll
 				}
 				began := time.Now()
+				if late > time.Second && networkOf(ps, uidA) != "" {
+					t.Error("a process that is older than a second is read at each look")
+				}
 				if found := look(limit); found != "pod" || time.Since(began) > limit {
 					t.Errorf("%v late, after %v of waiting: found %q after %v", late, waiting, found, time.Since(began))
 				}
@@ -227,8 +265,10 @@ func TestOneLook(t *testing.T) {
 			networkOf(ps, fmt.Sprintf("%08x", i))
 		}
 		time.Sleep(time.Hour)
-		if found := networkOf(ps, uidB); found != uidB || ps.looked != first {
-			t.Errorf("found %q, looked again after %v", found, ps.looked.Sub(first))
+		for range 100 { // of captures, each of which asks every second
+			if found := networkOf(ps, uidB); found != uidB || ps.looked != first {
+				t.Errorf("found %q, looked again after %v", found, ps.looked.Sub(first))
+			}
 		}
 		networkOf(ps, uidA)
 		if ps.looked == first {

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -79,7 +80,7 @@ type walker struct {
 	pods    map[string]*walkPod // by namespace/name: those that the API server has
 	known   map[string]*walkPod // by UID: all that there ever were
 	orphans []*walkPod          // deleted, and their processes live on for a while
-	hostPod string              // UID of the last pod with the host's network
+	hostPod atomic.Value        // UID of the last pod with the host's network
 	lastPID int
 	tokens  int
 	token   string // the one that the API server takes
@@ -242,7 +243,7 @@ func (w *walker) captured() []*fakeChild {
 func (w *walker) uidOf(c *fakeChild) string {
 	net := strings.TrimPrefix(filepath.Base(c.network), "net-")
 	if net == host {
-		return w.hostPod
+		return w.hostPod.Load().(string)
 	}
 	uid, _, _ := strings.Cut(net, "_")
 	return uid
@@ -324,7 +325,7 @@ func (w *walker) create(namespace, name string) *walkPod {
 	p.fakePod = fakePod{namespace: namespace, name: name, uid: fmt.Sprintf("%08x-0a1b-4c2d-8e3f-%012x", serial, serial)}
 	w.pods[namespace+"/"+name], w.known[p.uid] = p, p
 	if p.isHost {
-		w.hostPod = p.uid
+		w.hostPod.Store(p.uid)
 	}
 	w.note("create %s", p)
 	if !w.chance(3) {

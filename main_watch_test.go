@@ -1086,8 +1086,11 @@ var webPod = pod{namespace: "shop", name: "web", uid: "uid-web", kubeletUID: "ha
 func posting(t *testing.T, story func(w *watcher)) {
 	t.Helper()
 	watched(t, func(w *watcher) {
-		go w.events.record(w.ctx)
+		recorded := make(chan struct{})
+		go func() { w.events.record(w.ctx); close(recorded) }()
 		story(w)
+		w.end()
+		<-recorded
 	})
 }
 
@@ -1111,6 +1114,13 @@ func TestEventIsPosted(t *testing.T) { // C7: to its pod's namespace, and of the
 		w.checkLog(`level=WARN msg=CaptureFailed namespace=shop pod=web n=5 message="it broke"`, 1)
 		w.events.tell(webPod, "Normal", "CaptureStarted", "it runs")
 		w.checkLog("level=INFO msg=CaptureStarted", 1)
+		synctest.Wait()
+		w.api.freeze()
+		w.events.tell(webPod, "Normal", "CaptureStopped", "it stopped")
+		w.pass(13 * time.Second)
+		if got := len(w.api.asked("post")); got != 4 {
+			w.Errorf("asked %d times, want twice for an Event that is not answered", got-2)
+		}
 	})
 }
 
