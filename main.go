@@ -114,7 +114,10 @@ func main() {
 // run is the controller, or with arguments the command that they name.
 func run(ctx context.Context, arguments []string) error {
 	if len(arguments) > 0 {
-		return command(untilStdinEnds(ctx), arguments, "/", os.Stdout, os.Stderr)
+		if slices.Contains(arguments, "-f") {
+			ctx = untilStdinEnds(ctx)
+		}
+		return command(ctx, arguments, "/", os.Stdout, os.Stderr)
 	}
 	cfg, err := readConfig(os.Getenv)
 	if err != nil {
@@ -852,14 +855,14 @@ func (e *stderr) Write(text []byte) (int, error) {
 	return len(text), nil
 }
 
-// warningIn is the last line that warns, "" if none does.
-func warningIn(text string) (last string) {
+// warningIn is the first line that warns, "" if none does.
+func warningIn(text string) string {
 	for line := range strings.Lines(text) {
 		if strings.Contains(strings.ToLower(line), "warning: ") {
-			last = cut(strings.TrimSpace(line))
+			return cut(strings.TrimSpace(line))
 		}
 	}
-	return last
+	return ""
 }
 
 func (e *stderr) listens() bool {

@@ -67,6 +67,11 @@ func FuzzAnnotations(f *testing.F) {
 	})
 }
 
+// noTcpdump is a starter: a filter that can't be compiled is taken, and the capture tells.
+func noTcpdump(context.Context, io.Writer, *os.File, ...string) (*child, error) {
+	return nil, errors.New("no tcpdump")
+}
+
 // reply is an http.RoundTripper that answers 200 with a body.
 type reply string
 
@@ -78,7 +83,7 @@ func (a reply) RoundTrip(r *http.Request) (*http.Response, error) {
 func answered(t testing.TB, cfg config, body string) (w *podWatch, ctx context.Context) {
 	n, err := newNode(cfg)
 	must(t, err)
-	n.kube.http.Transport = reply(body)
+	n.kube.http.Transport, n.start = reply(body), noTcpdump
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(func() { cancel(); n.alive.Wait() })
 	w = newPodWatch(n)

@@ -807,7 +807,7 @@ func (c *cluster) interfaces() {
 	c.exact("1 pair")
 	c.holds("pair.pcap", "over loopback")
 	c.annotate("web", "=1", "/interface=net9")
-	c.told("web", "CaptureFailed", "Warning", "the pod has no interface net9, but eth0, lo", "it is tried again in ")
+	c.told("web", "CaptureFailed", "Warning", "the pod has no interface net9, but ", "it is tried again in ")
 	c.exact("1 pair")
 	link := `for p in /proc/[0-9]*; do
 		tr _ - <$p/cgroup | grep -q ` + c.uid("web") + ` && exec nsenter -t ${p#/proc/} -n ip link `
