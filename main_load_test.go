@@ -79,7 +79,7 @@ func table(t *testing.T, rows *[][]string) {
 // newLoadNode runs alone, unlike the tests: it measures.
 func newLoadNode(t *testing.T) *realNode {
 	needNetwork(t)
-	return &realNode{T: t, proc: newProc(t), root: t.TempDir(), pids: map[string]int{}}
+	return &realNode{T: t, proc: newProc(t), root: t.TempDir(), pids: map[string][]int{}}
 }
 
 // ---- Floods of packets ----
@@ -171,7 +171,7 @@ func TestLoss(t *testing.T) {
 		share := compare(fmt.Sprintf("2 s at %d a second, or what can be sent", rate), func(t *testing.T, way int) (lost, sent int) {
 			l, end := capturing(t, way, 400) // room for all that is sent
 			defer end()
-			l.must("ip", "-n", l.pod, "link", "set", "lo", "up") // the test binary listens there as it starts
+			l.command("ip -n %s link set lo up", l.pod) // the test binary listens there as it starts
 			sender := exec.Command("nsenter", "--net=/run/netns/"+l.pod, os.Args[0])
 			sender.Env = append(os.Environ(), "TEST_FLOOD="+strconv.Itoa(rate))
 			sent = check(strconv.Atoi(string(bytes.TrimSpace(check(sender.Output())))))
@@ -195,7 +195,7 @@ func TestLoss(t *testing.T) {
 				group.Go(func() {
 					l.say(l.pod, "last", 4000, 1, 40, 100)
 					time.Sleep(delay)
-					l.must("ip", "-n", l.pod, "link", "delete", "eth0")
+					l.command("ip -n %s link delete eth0", l.pod)
 					if ways[way].device == "any" {
 						time.Sleep(lastPackets) // as the program does
 					}

@@ -38,8 +38,8 @@ type realNode struct {
 	pids map[string][]int // of the tcpdumps that were started, by their -w
 }
 
-// newRealNode skips a test that can't have its namespaces here; in CI that is a failure.
-func newRealNode(t *testing.T) *realNode {
+// needNetwork skips a test that can't have its namespaces here; in CI that is a failure.
+func needNetwork(t *testing.T) {
 	t.Helper()
 	var missing error
 	for _, command := range []string{"tcpdump", "ip", "nsenter", "bash", "mount"} {
@@ -56,6 +56,11 @@ func newRealNode(t *testing.T) *realNode {
 	} else if missing != nil {
 		t.Skipf("no real captures: %v", missing)
 	}
+}
+
+func newRealNode(t *testing.T) *realNode {
+	t.Helper()
+	needNetwork(t)
 	t.Parallel()
 	return &realNode{T: t, proc: newProc(t), root: t.TempDir(), pids: map[string][]int{}}
 }

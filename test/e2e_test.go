@@ -656,54 +656,38 @@ func (c *cluster) serverAway() {
 
 // C3: pods send 40 packets as the very first thing they do, and exit.
 func (c *cluster) born() {
-	var manifests []map[string]any
-	var kept []string
-	for i := range c.births {
-		name := fmt.Sprintf("birth-%d", i)
-		manifests = append(manifests, c.manifest(name, options{never: true, annotations: []string{"=1"},
-			command: `for i in {1..40}; do ` + say("packet $i.") + `done`}))
-		kept = append(kept, "- "+name)
-	}
-	c.create(manifests...)
-	c.wait(succeeded, "-l", "app=birth")
-	c.exact(kept...)
-	complete := 0
-	for i := range c.births {
-		if strings.Count(c.read(fmt.Sprintf("birth-%d.pcap", i), "udp", "port", "4444"), "packet ") == 40 {
-			complete++
-		}
-	}
-	c.row(fmt.Sprintf("%d pods created with the annotation, which send 40 packets at once and exit", c.births),
-		fmt.Sprintf("all packets of %d are in their files", complete), 0)
-	if complete != c.births {
-		c.Errorf("all packets of %d of %d pods are in their files", complete, c.births)
-	}
+	c.complete("birth", c.births, 40, "pods created with the annotation, which send 40 packets at once and exit",
+		options{never: true, annotations: []string{"=1"}, command: `for i in {1..40}; do ` + say("packet $i.") + `done`})
 }
 
 // C10: a native sidecar is ended when all else has, and the pod's network goes at once after that.
 func (c *cluster) sidecars() {
-	const jobs = 10
+	c.complete("side", 10, 4, "Jobs whose sidecar sends 3 packets as it is ended, interface any",
+		options{never: true, annotations: []string{"=1", "/interface=any"}, command: say("packet 1"),
+			sidecar: `trap 'for i in 2 3 4; do ` + say("packet $i") + `done; exit' TERM; sleep infinity & wait`})
+}
+
+// complete has pods run to their end. All of the packets that each sent must be in its file.
+func (c *cluster) complete(prefix string, pods, packets int, what string, o options) {
+	c.Helper()
 	var manifests []map[string]any
 	var kept []string
-	for i := range jobs {
-		name := fmt.Sprintf("side-%d", i)
-		manifests = append(manifests, c.manifest(name, options{never: true, annotations: []string{"=1", "/interface=any"}, command: say("packet 1"),
-			sidecar: `trap 'for i in 2 3 4; do ` + say("packet $i") + `done; exit' TERM; sleep infinity & wait`}))
-		kept = append(kept, "- "+name)
+	for i := range pods {
+		name := fmt.Sprintf("%s-%d", prefix, i)
+		manifests, kept = append(manifests, c.manifest(name, o)), append(kept, "- "+name)
 	}
 	c.create(manifests...)
-	c.wait(succeeded, "-l", "app=side")
+	c.wait(succeeded, "-l", "app="+prefix)
 	c.exact(kept...)
 	complete := 0
-	for i := range jobs {
-		if strings.Count(c.read(fmt.Sprintf("side-%d.pcap", i), "udp", "port", "4444"), "packet ") == 4 {
+	for i := range pods {
+		if strings.Count(c.read(fmt.Sprintf("%s-%d.pcap", prefix, i), "udp", "port", "4444"), "packet ") == packets {
 			complete++
 		}
 	}
-	c.row(fmt.Sprintf("%d Jobs whose sidecar sends 3 packets as it is ended, interface any", jobs),
-		fmt.Sprintf("all packets of %d are in their files", complete), 0)
-	if complete != jobs {
-		c.Errorf("all packets of %d of %d Jobs are in their files", complete, jobs)
+	c.row(fmt.Sprintf("%d %s", pods, what), fmt.Sprintf("all packets of %d are in their files", complete), 0)
+	if complete != pods {
+		c.Errorf("all packets of %d of %d pods are in their files", complete, pods)
 	}
 }
 
@@ -853,7 +837,7 @@ func (c *cluster) numbers(data []byte) (numbers []int, gaps int) {
 			c.Fatalf("the last packet is torn: %d bytes", len(data))
 		}
 		size := 16 + int(binary.LittleEndian.Uint32(data[8:]))
-		_, text, _ := bytes.Cut(data[:size], []byte("<"))
+		text := data[bytes.LastIndexByte(data[:size], '<')+1 : size] // the headers may hold one too
 		text, _, _ = bytes.Cut(text, []byte(">"))
 		number, err := strconv.Atoi(string(text))
 		switch last := len(numbers) - 1; {
