@@ -115,7 +115,7 @@ IFS='|' read -r uid node n <<<"$$found"; \
 capture=$$($(kubectl) get pod -n kube-system -l app=packetcapture --sort-by=.metadata.creationTimestamp \
   --field-selector "spec.nodeName=$$node,status.phase=Running" -o name | tail -1); \
 [[ $$capture ]] || fail "No packetcapture pod runs on $$node, the node of $(POD)."; \
-exec $(kubectl) exec -n kube-system "$$capture" -c packetcapture -- bash -c \
+exec $(kubectl) exec $(if $(follow),-i) -n kube-system "$$capture" -c packetcapture -- bash -c \
   'stem=/capture-$$1_$$2.pcap; ! compgen -G "$$stem*" >/dev/null || set -- "$$stem"; exec packetcapture cat $(follow) "$$1"' \
   bash '$(POD)' "$${uid:0:8}"
 endef

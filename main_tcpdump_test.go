@@ -389,11 +389,10 @@ func TestWorstFilter(t *testing.T) {
 	p.filter = filter
 	_, err := n.check(t.Context(), p)
 	must(t, err)
-	tcpdump := exec.Command("tcpdump", "-y", "EN10MB", "-d", "--", filter)
+	tcpdump := exec.Command("bash", "-c", `ulimit -v 65536 && exec tcpdump -y EN10MB -d -- "$1"`, "bash", filter) // KiB
 	must(t, tcpdump.Run())
-	took, bytes := tcpdump.ProcessState.UserTime(), tcpdump.ProcessState.SysUsage().(*syscall.Rusage).Maxrss<<10
-	if took > time.Second || bytes > 32<<20 {
-		t.Errorf("it took %v and %d bytes", took, bytes)
+	if took := tcpdump.ProcessState.UserTime(); took > time.Second {
+		t.Errorf("it took %v", took)
 	}
 }
 
