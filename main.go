@@ -264,7 +264,7 @@ type followed struct {
 	stop    context.CancelFunc
 }
 
-// podWatch follows the pods of its node. It is in one of two states: it must list, or (listed) it watches from version.
+// podWatch follows the pods of its node. It is in one of two states: it must list, or (current) it watches from version.
 //
 //	list   done                   -> watch
 //	list   410, 504               -> list whatever is stored: the server can't serve that version
@@ -500,25 +500,28 @@ func (w *podWatch) check(ctx context.Context, p pod) (asked request, err error) 
 	case asked.filter == "" || asked.filter == w.compiled.filter && asked.iface == w.compiled.iface:
 		return asked, nil // the pods of a Deployment have the same filter
 	}
-	if err := w.compile(ctx, asked); err != nil {
-		return asked, fmt.Errorf("the annotation %s is %s, which is refused (%w): accepted is a pcap filter expression, in which "+
+	if err = w.compile(ctx, asked); err != nil {
+		err = fmt.Errorf("the annotation %s is %s, which is refused (%w): accepted is a pcap filter expression, in which "+
 			"hosts and ports are numbers", filterAnnotation, quote(asked.filter), err)
 	}
-	w.compiled = asked
-	return asked, nil
+	return asked, err
 }
 
 // compile has tcpdump compile a filter, without a device. It is refused only if tcpdump says so: where tcpdump can't
 // run now, the capture will tell. No name is looked up on the way: see dnsConfig in daemonset.yaml.
-func (n *node) compile(ctx context.Context, asked request) error {
+func (w *podWatch) compile(ctx context.Context, asked request) error {
 	ctx, cancel := context.WithTimeout(ctx, compileTime)
 	defer cancel()
 	link, said := "EN10MB", newStderr()
 	if asked.iface == "any" {
 		link = "LINUX_SLL2"
 	}
-	child, err := n.start(ctx, said, nil, "tcpdump", "-y", link, "-d", "--", asked.filter)
-	if err != nil || child.wait() == nil {
+	child, err := w.start(ctx, said, nil, "tcpdump", "-y", link, "-d", "--", asked.filter)
+	if err != nil {
+		return nil
+	}
+	if child.wait() == nil {
+		w.compiled = asked
 		return nil
 	}
 	if ctx.Err() == context.DeadlineExceeded { // and not the end of the program
@@ -675,7 +678,8 @@ func (c *capture) tellStarted(s sandbox, said *stderr) {
 	if said.warning != "" {
 		warnings = append(warnings, "tcpdump says: "+said.warning)
 	}
-	if c.opened = true; len(warnings) > 0 {
+	c.opened = true
+	if len(warnings) > 0 {
 		c.warn("CaptureStarted", what, strings.Join(warnings, "; "))
 	} else {
 		c.tell("CaptureStarted", what)
@@ -697,31 +701,31 @@ func (c *capture) warn(reason, message, detail string) {
 
 // runTcpdump captures in the pod's network, and returns why that ended. Every second it looks whether it still should.
 func (c *capture) runTcpdump(ctx context.Context) error {
-	ctx, stop := context.WithCancelCause(ctx)
+	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	said := newStderr()
-	s, tcpdump, err := c.startTcpdump(ctx, said)
+	s, tcpdump, err := c.startTcpdump(running, said)
 	if err != nil {
 		return err
 	}
 	ended, listening := make(chan error, 1), said.listening
 	go func() { ended <- tcpdump.wait() }()
-	for seen := time.Now(); ctx.Err() == nil; {
+	tellStarted := sync.OnceFunc(func() { c.tellStarted(s, said) })
+	for seen := time.Now(); running.Err() == nil; {
 		select {
 		case <-listening:
-			listening = nil // once
-			c.tellStarted(s, said)
+			listening = nil // it is closed, and would come again and again
+			tellStarted()
 		case err := <-ended:
-			if said.listens() && listening != nil {
-				c.tellStarted(s, said)
+			if c.counted = said.counts(); said.listens() {
+				tellStarted()
 			}
-			c.counted = said.counts()
 			return fmt.Errorf("tcpdump ended by itself (%s)", said.lastWords(err))
 		case <-time.After(untilNextSecond()):
 			if why := c.whyEnd(s, tcpdump, &seen); why != nil {
 				stop(why)
 			}
-		case <-ctx.Done():
+		case <-running.Done():
 		}
 	}
 	select {
@@ -731,8 +735,10 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 			tcpdump.pid, tcpdump.kill()), "its files stay until it ends")
 		<-ended
 	}
-	c.counted = said.counts()
-	return context.Cause(ctx)
+	if c.counted = said.counts(); said.listens() && ctx.Err() == nil {
+		tellStarted()
+	}
+	return context.Cause(running)
 }
 
 // startTcpdump starts tcpdump in the pod's network. ctx ends it.
@@ -936,9 +942,9 @@ func newDisk(cfg config) *disk {
 	return &disk{root: cfg.root, limit: int(limit), freePercent: cfg.diskFree, names: map[string]*holder{}}
 }
 
-// take gives a capture a name and room for n files: the stem, or "" with what is missing, or with what is closed when
-// the name is free, which an earlier capture of the pod, or of one of the same name, is about to give back. A pod whose
-// name a pod of another namespace has gets the UID behind a "_", which is in no pod name.
+// take gives a capture a name and room for n files. It returns the stem; or freed, which is closed when an earlier capture
+// of the pod, or of one of the same name, has given the name back; or what is missing. A pod whose name a pod of another
+// namespace has gets its UID behind a "_", which is in no pod name.
 func (d *disk) take(p pod, n int) (stem string, freed <-chan struct{}, missing string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -1159,7 +1165,8 @@ func (ps *processes) sandbox(dir string, p pod) (sandbox, bool) {
 // so it is read again until it is a pod's, for a second. All are forgotten now and then: PIDs become others'. The lock is
 // held.
 func (ps *processes) look(now time.Time) {
-	if ps.looked = now; now.Sub(ps.forgot) >= 10*time.Second {
+	ps.looked = now
+	if now.Sub(ps.forgot) >= 10*time.Second {
 		clear(ps.known)
 		ps.forgot = now
 	}

@@ -854,8 +854,9 @@ func TestEndsByItself(t *testing.T) {
 	})
 	for range 10 { // it has begun also when it ends in the same moment
 		simulate(t, 0, func(w *world) {
-			w.kids.behave(behaviour{words: "tcpdump: listening on eth0\ntcpdump: eth0: gone\n"})
-			w.web("3")
+			w.kids.behave(behaviour{words: "tcpdump: listening on eth0\ntcpdump: eth0: gone\n", startup: time.Second})
+			w.web("3") // at a second, so that its capture is looking at the pod when it ends
+			w.pass(time.Second)
 			w.told("Normal CaptureStarted", "Warning CaptureFailed: gone")
 		})
 	}

@@ -105,8 +105,7 @@ type walkPod struct {
 	isLeft bool      // a network that it had stays although its processes have ended
 	ended  time.Time // when they did
 
-	maybe      []request  // what its capture may be for; a zero one: nothing. More than one while changes may be unseen
-	touched    bool       // something else has been asked for since the last quiet point
+	maybe      []request  // what its capture may be for, zero: none; more than one if that has changed since the last quiet point
 	hit        bool       // a fault met its child since then
 	child      *fakeChild // at the last quiet point
 	isKept     bool       // it is finished, and which files it has is known:
@@ -286,7 +285,7 @@ func (w *walker) step() {
 		weight int
 		take   func()
 	}{
-		{24, w.annotate}, {4, w.touch}, {6, w.unannotate}, {5, w.remove}, {4, w.recreate}, {4, w.finish}, {4, w.birth}, {3, w.newSandbox},
+		{24, w.annotate}, {4, w.touch}, {6, w.unannotate}, {5, func() { w.remove() }}, {4, w.recreate}, {4, w.finish}, {4, func() { w.bear(w.some()) }}, {3, w.newSandbox},
 		{4, w.killChild}, {4, w.behave}, {12, w.disturb}, {3, w.rotate}, {2, w.restart}, {17, w.advance}, {4, w.quiet},
 	}
 	n := w.r.IntN(100)
@@ -311,16 +310,15 @@ func (w *walker) some() *walkPod {
 
 // slot picks a namespace and name. Only one pod has the host's network: its child can't be told from another's.
 func (w *walker) slot() (namespace, name string) {
-	namespace, name = pick(w, []string{"default", "other"}), pick(w, walkNames)
-	if name == "node" {
-		namespace = "default"
+	if name = pick(w, walkNames); name == "node" {
+		return "default", name
 	}
-	return namespace, name
+	return pick(w, []string{"default", "other"}), name
 }
 
 // create makes a pod that may or may not have processes yet, without annotations.
 func (w *walker) create(namespace, name string) *walkPod {
-	p := &walkPod{state: "unborn", isHost: name == "node", maybe: []request{{}}, touched: true}
+	p := &walkPod{state: "unborn", isHost: name == "node", maybe: []request{{}}}
 	serial := len(w.known) + 1
 	p.fakePod = fakePod{namespace: namespace, name: name, uid: fmt.Sprintf("%08x-0a1b-4c2d-8e3f-%012x", serial, serial)}
 	w.pods[namespace+"/"+name], w.known[p.uid] = p, p
@@ -343,11 +341,11 @@ func (w *walker) annotate() {
 	if p == nil {
 		p = w.create(namespace, name)
 	}
-	choose := func(good, bad []string) string {
+	choose := func(right, wrong []string) string {
 		if w.chance(8) {
-			good = bad
+			return pick(w, wrong)
 		}
-		return pick(w, good)
+		return pick(w, right)
 	}
 	annotations := map[string]string{annotation: choose(walkValues, wrongValues)}
 	if w.chance(3) {
@@ -365,7 +363,7 @@ func (w *walker) set(p *walkPod, annotations map[string]string) {
 	p.annotations = annotations
 	asked, ok := w.wish(p)
 	if ok && !slices.Equal(p.maybe, []request{asked}) {
-		p.maybe, p.touched, p.isKept = append(p.maybe, asked), true, false
+		p.maybe, p.isKept = append(p.maybe, asked), false
 	}
 	p.wasInvalid = p.wasInvalid || !ok
 	w.api.put(p.fakePod)
@@ -387,23 +385,13 @@ func (w *walker) wish(p *walkPod) (asked request, ok bool) {
 }
 
 // touch changes what does not matter.
-func (w *walker) touch() {
-	p := w.some()
-	w.note("touch %s", p)
-	w.api.put(p.fakePod)
-}
+func (w *walker) touch() { p := w.some(); w.set(p, p.annotations) }
 
 func (w *walker) unannotate() { w.set(w.some(), nil) }
 
 // remove deletes a pod. Its processes end before, or some time after.
-func (w *walker) remove() {
-	p := w.some()
-	w.forget(p)
-	w.api.remove(p.namespace, p.name)
-}
-
-func (w *walker) forget(p *walkPod) {
-	isClean := w.chance(2)
+func (w *walker) remove() *walkPod {
+	p, isClean := w.some(), w.chance(2)
 	w.note("delete %s, its processes end first: %v", p, isClean)
 	delete(w.pods, p.namespace+"/"+p.name)
 	if isClean {
@@ -411,19 +399,18 @@ func (w *walker) forget(p *walkPod) {
 	} else {
 		w.orphans = append(w.orphans, p)
 	}
+	w.api.remove(p.namespace, p.name)
+	return p
 }
 
 // recreate replaces a pod by another one of its name.
 func (w *walker) recreate() {
-	old := w.some()
-	w.forget(old)
-	w.api.remove(old.namespace, old.name)
-	p := w.create(old.namespace, old.name)
-	annotations := old.annotations
-	if w.chance(4) {
-		annotations = nil
+	old := w.remove()
+	if p := w.create(old.namespace, old.name); !w.chance(4) {
+		w.set(p, old.annotations)
+	} else {
+		w.set(p, nil)
 	}
-	w.set(p, annotations)
 }
 
 // finish has a pod's processes end. It stays in the API. Some CNIs leave the network as it was.
@@ -435,16 +422,12 @@ func (w *walker) finish() {
 	}
 }
 
-// birth gives a pod its processes.
-func (w *walker) birth() {
-	if p := w.some(); p.state == "unborn" {
-		w.bear(p)
-	}
-}
-
 // bear starts a pod's processes: a sandbox's helper without a network, what holds its network, and a container which has
 // a network of its own that is not the pod's.
 func (w *walker) bear(p *walkPod) {
+	if p.state != "unborn" {
+		return
+	}
 	p.state, p.pid = "running", w.lastPID+1
 	w.lastPID += 3
 	p.net, p.has = fmt.Sprintf("%s_%d", p.uid, p.pid), []string{"lo", "eth0"}
@@ -473,7 +456,7 @@ func (w *walker) reap(p *walkPod, isLeft bool) {
 		return
 	}
 	p.isKept, p.kept = false, nil
-	if p.child != nil && !p.touched { // it captured: its files stay
+	if p.child != nil && len(p.maybe) == 1 { // it captured: its files stay
 		p.isKept, p.kept = true, baseNames(p.child.files)
 	}
 	p.state, p.ended = "finished", time.Now()
@@ -506,6 +489,7 @@ func (w *walker) newSandbox() {
 	isLeft := p.isHost || w.chance(3)
 	w.note("a new sandbox for %s, the old one's network stays: %v", p, isLeft)
 	w.vanish(p, isLeft)
+	p.state = "unborn"
 	w.bear(p)
 }
 
@@ -644,10 +628,10 @@ func (w *walker) quiet() {
 	w.known[canary.uid] = &walkPod{fakePod: canary}
 	w.api.put(canary)
 	since := time.Now()
-	for err := error(errors.New("not looked yet")); err != nil; {
+	for err := errors.New("the last change has had no effect"); err != nil; {
 		time.Sleep(200 * time.Millisecond)
 		synctest.Wait()
-		if err = w.isHeard(filter); err == nil && time.Since(since) > termGrace { // what is to be stopped has ended
+		if w.hasCompiled(filter) && time.Since(since) > termGrace { // what is to be stopped has ended
 			err = w.check()
 		}
 		if err != nil && time.Since(since) > quietLimit {
@@ -664,13 +648,10 @@ func (w *walker) quiet() {
 	w.settle()
 }
 
-func (w *walker) isHeard(filter string) error {
+func (w *walker) hasCompiled(filter string) bool {
 	w.kids.mu.Lock()
 	defer w.kids.mu.Unlock()
-	if !slices.Contains(w.kids.compiled, filter) {
-		return errors.New("the last change has had no effect")
-	}
-	return nil
+	return slices.Contains(w.kids.compiled, filter)
 }
 
 // check is the oracle: what runs, and what is in the folder, by what the annotations say.
@@ -729,7 +710,7 @@ func (w *walker) checkChild(p *walkPod, c *fakeChild) error {
 		return fmt.Errorf("child %d is in %s, not in %s", c.pid, c.network, p.net)
 	case stem != ".pcap" && stem != fmt.Sprintf("_%.8s.pcap", p.uid):
 		return fmt.Errorf("it is captured into %s", c.stem)
-	case p.child != nil && !p.touched && !p.hit && p.child != c:
+	case p.child != nil && len(p.maybe) == 1 && !p.hit && p.child != c:
 		return fmt.Errorf("it was disturbed: its child was %d and is %d", p.child.pid, c.pid)
 	}
 	return nil
@@ -803,8 +784,7 @@ func (w *walker) settle() {
 		p.maybe = slices.Compact(slices.DeleteFunc(slices.Clone(w.wants(p)), func(r request) bool {
 			return c != nil && p.resolve(r) != askedOf(c)
 		}))
-		p.child, p.touched, p.hit = c, false, false
-		if p.touched = len(p.maybe) > 1; p.touched { // it depends on what the watch has seen
+		if p.child, p.hit = c, false; len(p.maybe) > 1 { // it depends on what the watch has seen
 			p.child = nil
 		} else if p.state == "finished" && !p.isKept {
 			p.isKept, p.kept = true, w.keeps(p, there)
