@@ -630,11 +630,16 @@ func (w *walker) quiet() {
 	canary := fakePod{namespace: "z", name: "canary", uid: "c0", annotations: map[string]string{annotation: "1", filterAnnotation: filter}}
 	w.known[canary.uid] = &walkPod{fakePod: canary}
 	w.api.put(canary)
-	since := time.Now()
+	since, heard := time.Now(), false
 	for err := errors.New("the last change has had no effect"); err != nil; {
 		time.Sleep(200 * time.Millisecond)
 		synctest.Wait()
-		if w.hasCompiled(filter) && time.Since(since) > termGrace { // what is to be stopped has ended
+		if !heard && w.hasCompiled(filter) {
+			heard = true
+			time.Sleep(termGrace + 100*time.Millisecond) // what is to be stopped has ended
+			synctest.Wait()
+		}
+		if heard {
 			err = w.check()
 		}
 		if err != nil && time.Since(since) > quietLimit {
