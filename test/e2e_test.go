@@ -941,8 +941,15 @@ func (c *cluster) cat() {
 	// A client that is gone, while no packet comes.
 	c.annotate("web", "=3")
 	c.exact("3 web")
+	began := time.Now()
 	client, _ := c.following("packetcapture", "cat", "-f", "web")
 	c.readers(1)
+	c.until(func() string { // a stdin that ends within a second is /dev/null at the other end
+		if time.Since(began) < 5*time.Second {
+			return "the client has just come"
+		}
+		return ""
+	})
 	client.Process.Kill()
 	c.readers(0)
 	c.row("the client of `cat -f` killed while no packet comes", "`cat -f` ends", 0)
