@@ -36,11 +36,21 @@ func networkOf(ps *processes, uid string) string {
 // noneOpen checks that no descriptor of a folder's files is left.
 func noneOpen(t *testing.T, dir string) {
 	t.Helper()
-	links, err := filepath.Glob("/proc/self/fd/*")
-	must(t, err)
-	for _, link := range links {
-		if target, _ := os.Readlink(link); strings.HasPrefix(target, dir) {
-			t.Errorf("%s is still open", target)
+	var open []string
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) { // a test's own goroutine may be about to close one
+		open = nil
+		links, err := filepath.Glob("/proc/self/fd/*")
+		must(t, err)
+		for _, link := range links {
+			if target, _ := os.Readlink(link); strings.HasPrefix(target, dir) {
+				open = append(open, target)
+			}
+		}
+		if len(open) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%q are still open", open)
 		}
 	}
 }
