@@ -4,25 +4,20 @@
 //
 //	kubectl annotate pod web tcpdump.antrea.io="5"
 //
-// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to /capture-web.pcap4, in the
-// container of the packetcapture pod of that node. A changed number starts the capture again; when the annotation
-// or the pod goes, the capture stops and its files are deleted. Two more annotations say what is captured:
+// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to /capture-web.pcap4, in the packetcapture
+// container of that node. A changed number starts the capture again; when the annotation or the pod goes, the capture
+// stops and its files are deleted. Two more annotations say what is captured:
 //
-//	kubectl annotate pod web tcpdump.antrea.io/filter="tcp port 80"
-//	kubectl annotate pod web tcpdump.antrea.io/interface="lo"
+//	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default every packet
+//	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default eth0
 //
-// Events on the pod (kubectl describe pod) tell what happens. In the packetcapture pod
-//
-//	packetcapture cat [-f] web
-//
+// Events on the pod (kubectl describe pod) tell what happens. In the packetcapture pod, packetcapture cat [-f] web
 // writes the files to stdout as one pcap, and with -f goes on with what comes. The environment configures the program:
 //
-//	NODE_NAME                 the node whose pods are captured; required
-//	KUBERNETES_SERVICE_HOST   the API server; required, Kubernetes sets both
-//	KUBERNETES_SERVICE_PORT
-//	POD_NAME                  this pod's name, for the Events; default the host name
-//	DISK_LIMIT                bytes of disk that the container may take, its files and its log; default no limit
-//	DISK_FREE                 percent of the file system that captures leave free; default 15
+//	NODE_NAME     the node whose pods are captured; required
+//	DISK_LIMIT    bytes of disk that the container may take, its files and its log; default no limit
+//	DISK_FREE     percent of the file system that captures leave free; default 15
+//	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
 // Two kinds of goroutine do the work. One follows the node's pods, and starts and stops captures as the annotations
 // ask: (*podWatch).follow. Each capture has one of its own, which lives from the annotation to the last deleted
@@ -62,8 +57,8 @@ import (
 
 const (
 	annotation          = "tcpdump.antrea.io"
-	filterAnnotation    = "tcpdump.antrea.io/filter"
-	interfaceAnnotation = "tcpdump.antrea.io/interface"
+	filterAnnotation    = annotation + "/filter"
+	interfaceAnnotation = annotation + "/interface"
 
 	// The kubelet gives a static pod a UID of its own, which names its cgroups and stands in the first of these. Anybody may
 	// add that one to a pod and have another pod captured; the second, which holds the same, nobody can add.
@@ -74,26 +69,26 @@ const (
 	metadata     = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 	metadataList = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
+	letters      = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	digits       = "0123456789"
 	podInterface = "eth0" // the only name that containerd and CRI-O let a CNI give a pod's interface
 
 	// fileBytes is the most that one file takes: -C 1 is 1,000,000 bytes in every version of tcpdump, checked before
 	// a packet is written, and a packet is at most 262,144 bytes (the default -s) behind a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
 	logBytes  = 64 << 20 // kept from DISK_LIMIT for the container's log: the kubelet's default is 5 times 10 MiB
-	maxFilter = 1024     // bytes: tcpdump compiles that in 0.15 s and 12 MB at worst; 4,096 take 9 s and 110 MB
+	maxFilter = 1024     // bytes: tcpdump compiles that in 0.25 s and 12 MB at worst; 4,096 take 9 s and 110 MB
 
 	birthPoll   = 25 * time.Millisecond   // how often a pod's network is looked for: containers start 100 ms after it
 	birthTime   = 5 * time.Minute         // for so long; then once a second
-	waitingTime = 30 * time.Second        // how long a pod may have no network before that is told
+	waitingTime = 30 * time.Second        // how long a pod may have no network at first before that is told
 	goneTime    = 5 * time.Second         // how long its network may be gone: a pod that is deleted is gone by then
 	emptyTime   = 6 * time.Minute         // how long a pod may have no process: CRI-O's crash loops wait up to 5 minutes
 	lastPackets = 3 * time.Second         // how long tcpdump goes on without the pod's eth0: it reads its ring every second
 	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
 	exitGrace   = 3500 * time.Millisecond // for all captures to end when the program is told to, of 5 s in all
 	flushGrace  = time.Second             // for the last Events, after that
-	compileTime = 5 * time.Second         // for tcpdump to compile a filter
 	repeatTime  = 5 * time.Minute         // in which a Warning that stays the same is told once
-	healthTime  = 30 * time.Second        // for a change of a pod to be applied
 )
 
 var (
@@ -123,20 +118,17 @@ func run(ctx context.Context, arguments []string) error {
 	if err != nil {
 		return err
 	}
+	listener, err := net.Listen("tcp", ":8080") // first: another one that runs here has files that must not be deleted
+	if err != nil {
+		return fmt.Errorf("serving /healthz and /readyz: %w", err)
+	}
 	n, err := newNode(cfg)
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", ":8080")
-	if err != nil {
-		return fmt.Errorf("serving /healthz and /readyz: %w", err)
-	}
-	server := n.health()
-	go server.Serve(listener)
-	defer server.Close()
+	go n.health().Serve(listener)
 	slog.Info("packetcapture starts", "node", n.nodeName, "api", n.api, "files", n.disk.limit)
 	n.run(ctx)
-	slog.Info("packetcapture ends")
 	return nil
 }
 
@@ -161,13 +153,13 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 		value := cmp.Or(getenv(name), strconv.FormatInt(standard, 10))
 		n, parsing := strconv.ParseInt(value, 10, 64)
 		if parsing != nil || n < least || n > most {
-			err = fmt.Errorf("%s is %s: it must be a number from %d to %d", name, quote(value), least, most)
+			err = fmt.Errorf("%s is %q: it must be a number from %d to %d", name, cut(value), least, most)
 		}
 		return n
 	}
 	hostname, _ := os.Hostname()
 	cfg = config{
-		nodeName: getenv("NODE_NAME"), podName: cmp.Or(getenv("POD_NAME"), hostname), proc: "/proc", root: "/",
+		nodeName: getenv("NODE_NAME"), podName: hostname, proc: "/proc", root: "/",
 		api:       "https://" + net.JoinHostPort(getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")),
 		account:   "/var/run/secrets/kubernetes.io/serviceaccount",
 		diskLimit: number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64) - logBytes,
@@ -182,10 +174,10 @@ type node struct {
 	kube      *kube
 	processes *processes
 	disk      *disk
-	events    *events
+	news      chan event     // Events to post
 	start     starter        // of tcpdump; another one in tests
 	alive     sync.WaitGroup // captures whose files are not deleted yet
-	listed    atomic.Bool    // the first list has been applied
+	ready     atomic.Bool    // the first list has been applied
 	applying  atomic.Int64   // since when follow applies a change, in Unix nanoseconds; 0 while it waits for one
 }
 
@@ -200,121 +192,108 @@ func newNode(cfg config) (*node, error) {
 		return nil, fmt.Errorf("the host's namespaces, which need hostPID, CAP_SYS_PTRACE, and on a node with AppArmor "+
 			"a profile that allows ptrace (Unconfined; RuntimeDefault denies it): %w", err)
 	}
-	leftover, _ := findFiles(cfg.root, isCapture)
-	if err := removeFiles(leftover); err != nil {
+	if _, err := removeFiles(cfg.root, ""); err != nil {
 		return nil, fmt.Errorf("deleting the files of an earlier run: %w", err)
 	}
-	k := newKube(cfg.api, cfg.account)
-	return &node{config: cfg, kube: k, processes: ps, disk: newDisk(cfg), events: newEvents(k, cfg.nodeName), start: start}, nil
+	return &node{config: cfg, kube: newKube(cfg.api, cfg.account), processes: ps, disk: newDisk(cfg),
+		news: make(chan event, 1024), start: start}, nil
 }
 
 // run captures until ctx ends. Then every capture ends, side by side, and what is left of the Events is posted.
 func (n *node) run(ctx context.Context) {
 	recording, stopRecording := context.WithCancel(context.Background())
-	recorded, gone := make(chan struct{}), make(chan struct{})
-	go func() { n.events.record(recording); close(recorded) }()
-	newPodWatch(n).follow(ctx)
-	go func() { n.alive.Wait(); close(gone) }()
-	select {
-	case <-gone:
-	case <-time.After(exitGrace):
-		slog.Warn("a tcpdump does not end: its files stay")
-	}
-	stopRecording()
-	<-recorded
+	go func() {
+		newPodWatch(n).follow(ctx)
+		time.AfterFunc(exitGrace, stopRecording)
+		n.alive.Wait()
+		stopRecording()
+	}()
+	n.record(recording) // until then
 }
 
-// health serves /healthz and /readyz. The API server matters for neither.
 func (n *node) health() *http.Server {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/healthz", func(w http.ResponseWriter, r *http.Request) {
-		if since := n.applying.Load(); since != 0 && time.Since(time.Unix(0, since)) > healthTime {
-			http.Error(w, fmt.Sprintf("a change of a pod is not applied after %v", healthTime), http.StatusServiceUnavailable)
-		}
-	})
-	mux.HandleFunc("/readyz", func(w http.ResponseWriter, r *http.Request) {
-		if !n.listed.Load() {
-			http.Error(w, "the first list is still to come", http.StatusServiceUnavailable)
-		}
-	})
-	return &http.Server{Handler: mux, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+	return &http.Server{Handler: n, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
+}
+
+// ServeHTTP answers /healthz and /readyz. The API server matters for neither.
+func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	since := n.applying.Load()
+	switch {
+	case r.URL.Path == "/readyz" && !n.ready.Load():
+		http.Error(w, "the first list is still to come", http.StatusServiceUnavailable)
+	case r.URL.Path == "/healthz" && since != 0 && time.Since(time.Unix(0, since)) > 30*time.Second:
+		http.Error(w, "a change of a pod is not applied after 30s", http.StatusServiceUnavailable)
+	}
 }
 
 // ---- Follow: a list of the node's pods, then its changes, and what their annotations ask for ----
 
-// pod is what the program keeps of a pod: who it is, and what its annotations say, unchecked.
+// pod is what the program keeps of a pod: who it is, and what its annotations ask for.
 type pod struct {
 	namespace, name, uid string
 	kubeletUID           string // names its cgroups, and its Events: a static pod's is not the API's UID
 	annotated, hasIface  bool
-	value, filter, iface string
-}
-
-// request is what a pod's annotations ask for, checked.
-type request struct {
-	n      int    // files to rotate through
-	filter string // a pcap filter; "": every packet
-	iface  string // "": eth0, or any for a pod with the host's network
+	value                string // of the annotation
+	files                int    // to rotate through; 0: value is no number
+	filter               string // a pcap filter; "": every packet
+	iface                string // "": eth0, or any for a pod with the host's network
 }
 
 // followed is what follow keeps of an annotated pod.
 type followed struct {
-	pod             // as it was seen last
-	running request // what its capture was started for; zero: none was
+	pod         // as it was seen last
+	running pod // as its capture was started; zero: none was
 	stop    context.CancelFunc
 }
 
-// podWatch follows the pods of its node. It is in one of two states: it must list, or (current) it watches from version.
-//
-//	list   done                   -> watch
-//	list   410, 504               -> list whatever is stored: the server can't serve that version
-//	watch  ended in time          -> watch
-//	watch  410, or as an ERROR    -> list: the server has no history since that version
-//	either any trouble            -> the same again, after a wait
-//
-// Captures never notice any of it.
+// podWatch follows the pods of its node.
 type podWatch struct {
 	*node
 	captures  map[string]*followed // by pod UID: a pod that is recreated under its name is another pod
 	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache
-	current   bool                 // version is one to watch from
 	retry     backoff
-	gone      time.Time // when a 410 was answered with a list at once
-	unproven  bool      // the last watch was accepted, and failed at once
-	complaint string    // the last error that was logged: nothing is said twice
-	compiled  request   // the last one whose filter tcpdump took
+	complaint string // the last error that was logged: nothing is said twice
+	accepted  bool   // the last watch was answered 200, and then failed at once
 }
 
 func newPodWatch(n *node) *podWatch {
 	return &podWatch{node: n, captures: map[string]*followed{}, version: "0", retry: startBackoff}
 }
 
-// follow returns when ctx ends. All captures hang on ctx, never on a request's.
+// follow lists the node's pods, and then watches them, until ctx ends. All captures hang on ctx, never on a request's, and
+// notice nothing of this:
+//
+//	list   done                   -> watch
+//	list   410, 504               -> list without a version: the server can't serve that one
+//	watch  ended as agreed        -> watch
+//	watch  410, or as an ERROR    -> list: the server has no history since that version
+//	either any trouble            -> the same again, after a wait
 func (w *podWatch) follow(ctx context.Context) {
-	for ctx.Err() == nil {
-		next, doing := w.list, "listing pods"
-		if w.current {
-			next, doing = w.watch, "watching pods"
+	var relisted time.Time
+	for step := w.list; ctx.Err() == nil; {
+		err := step(ctx)
+		if err == nil {
+			step = w.watch
 		}
-		if err := next(ctx); err != nil && ctx.Err() == nil {
-			sleep(ctx, w.failed(fmt.Errorf("%s: %w", doing, err)))
+		if err == nil || ctx.Err() != nil {
+			continue
 		}
+		gone := isStatus(err, http.StatusGone)
+		if gone {
+			step = w.list
+		}
+		if gone && time.Since(relisted) > time.Second { // at once, but not without end
+			relisted = time.Now()
+			continue
+		}
+		wait := w.retry.next(err)
+		w.complain(err, wait)
+		sleep(ctx, wait)
 	}
 }
 
-// failed notes what went wrong, says it once, and returns how long to wait before asking again.
-func (w *podWatch) failed(err error) (wait time.Duration) {
-	if isStatus(err, http.StatusGone) {
-		w.current = false
-		if time.Since(w.gone) > time.Second {
-			w.gone = time.Now()
-			return 0
-		}
-	}
-	wait = w.retry.next(err)
-	if isStatus(err, http.StatusForbidden) { // only a person can mend it
-		wait = 30*time.Second + wait/10
-	}
+// complain logs what goes wrong, once.
+func (w *podWatch) complain(err error, wait time.Duration) {
 	cause := err.Error()
 	if network := new(net.OpError); errors.As(err, &network) {
 		cause = network.Err.Error() // without the port, which differs each time
@@ -323,7 +302,14 @@ func (w *podWatch) failed(err error) (wait time.Duration) {
 		w.complaint = cause
 		slog.Warn("the pods can't be watched, captures go on", "error", err, "retryIn", wait)
 	}
-	return wait
+}
+
+// recovered logs that the watch is back after that.
+func (w *podWatch) recovered() {
+	if w.complaint != "" {
+		w.complaint = ""
+		slog.Info("the pods are watched again")
+	}
 }
 
 // ask sends a list or a watch; the caller closes the answer.
@@ -332,7 +318,9 @@ func (w *podWatch) ask(ctx context.Context, accept string, query url.Values) (io
 	if w.version != "" {
 		query.Set("resourceVersion", w.version)
 	}
-	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), accept, nil)
+	answer, err := w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), accept, nil)
+	w.accepted = w.accepted && err == nil
+	return answer, err
 }
 
 // list applies the node's pods: what the list does not hold is stopped, what it holds goes on. It sets no limit, which
@@ -365,8 +353,8 @@ func (w *podWatch) list(ctx context.Context) error {
 			w.forget(uid)
 		}
 	}
-	w.version, w.current = l.Metadata.ResourceVersion, true
-	w.listed.Store(true)
+	w.version = l.Metadata.ResourceVersion
+	w.ready.Store(true)
 	return nil
 }
 
@@ -382,7 +370,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 		return err
 	}
 	defer answer.Close()
-	if !w.unproven { // else a 200 says nothing
+	if !w.accepted { // else another 200 says nothing
 		w.recovered()
 	}
 	began, proven := time.Now(), false
@@ -394,22 +382,11 @@ func (w *podWatch) watch(ctx context.Context) error {
 			w.retry = requestBackoff
 		}
 	}
-	w.unproven = !proven
-	switch {
-	case err != io.EOF:
-		return err
-	case !proven:
-		return errors.New("it ended within a second without an event")
+	w.accepted = !proven
+	if proven && err == io.EOF {
+		return nil
 	}
-	return nil
-}
-
-// recovered says that the watch is back after trouble.
-func (w *podWatch) recovered() {
-	if w.complaint != "" {
-		w.complaint = ""
-		slog.Info("the pods are watched again")
-	}
+	return err
 }
 
 // next applies the next event and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
@@ -420,10 +397,8 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	}
 	version := e.Object.Metadata.ResourceVersion
 	switch {
-	case e.Type == "ERROR":
-		return &statusError{Code: e.Object.Code, Message: e.Object.Message}
-	case version == "":
-		return errors.New("an event has no resourceVersion")
+	case e.Type == "ERROR" || version == "":
+		return &statusError{Code: e.Object.Code, Message: cmp.Or(e.Object.Message, "an event has no resourceVersion")}
 	case e.Type == "ADDED" || e.Type == "MODIFIED":
 		w.apply(ctx, e.Object.pod())
 	case e.Type == "DELETED":
@@ -434,32 +409,35 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 }
 
 // apply starts, changes or stops a pod's capture as its annotations ask. Annotations that make no sense are told, and
-// leave alone what runs.
+// leave alone what runs. A capture that is replaced ends beside the new one, which waits for the name of its files.
 func (w *podWatch) apply(ctx context.Context, p pod) {
 	w.applying.Store(time.Now().UnixNano())
 	defer w.applying.Store(0)
-	if !p.annotated {
+	p.files, _ = strconv.Atoi(p.value)
+	p.filter = strings.TrimSpace(p.filter)
+	f := w.captures[p.uid]
+	switch {
+	case !p.annotated:
 		w.forget(p.uid)
 		return
-	}
-	f := w.captures[p.uid]
-	if f == nil {
+	case f == nil:
 		f = &followed{stop: func() {}}
 		w.captures[p.uid] = f
-	}
-	if f.pod == p {
+	case f.pod == p:
 		return
 	}
 	f.pod = p
-	asked, err := w.check(ctx, p)
-	switch {
-	case err != nil && f.running.n > 0:
-		w.events.tell(p, "Warning", "CaptureInvalid", err.Error()+"; the capture that runs goes on as it was")
-	case err != nil:
-		w.events.tell(p, "Warning", "CaptureInvalid", err.Error()+"; nothing is captured")
-	case asked != f.running:
+	switch refusal := w.refusal(ctx, p); {
+	case refusal != "" && f.running.files == 0:
+		w.tell(p, "Warning", "CaptureInvalid", refusal+"; nothing is captured")
+	case refusal != "":
+		w.tell(p, "Warning", "CaptureInvalid", refusal+"; the capture that runs goes on as it was")
+	case p != f.running:
 		f.stop()
-		f.running, f.stop = asked, w.begin(ctx, p, asked)
+		ctx, f.stop = context.WithCancel(ctx)
+		f.running = p
+		c := &capture{node: w.node, pod: p, told: map[string]time.Time{}}
+		w.alive.Go(func() { c.live(ctx) })
 	}
 }
 
@@ -471,75 +449,53 @@ func (w *podWatch) forget(uid string) {
 	}
 }
 
-// begin starts a capture and returns what stops it. The one that it replaces, if any, ends meanwhile: it waits for its name.
-func (w *podWatch) begin(ctx context.Context, p pod, asked request) context.CancelFunc {
-	ctx, stop := context.WithCancel(ctx)
-	c := &capture{node: w.node, pod: p, asked: asked, told: map[string]time.Time{}}
-	w.alive.Go(func() {
-		defer stop()
-		c.live(ctx)
-	})
-	return stop
-}
-
-// check says what a pod's annotations ask for, or what was read and what is accepted. tcpdump itself takes "5abc" for 5.
-func (w *podWatch) check(ctx context.Context, p pod) (asked request, err error) {
-	n, err := strconv.Atoi(p.value)
-	asked = request{n, strings.TrimSpace(p.filter), p.iface}
-	isControl := func(r rune) bool { return !unicode.IsPrint(r) }
+// refusal is "", or what of a pod's annotations can't be: what was read, and what is accepted.
+func (w *podWatch) refusal(ctx context.Context, p pod) string {
+	refuse := func(annotation, value, accepted string) string {
+		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
+	}
+	isUnprintable := func(r rune) bool { return !unicode.IsPrint(r) }
 	switch {
-	case err != nil || n < 1 || n > w.disk.limit || p.value != strconv.Itoa(n):
-		return asked, fmt.Errorf("the annotation %s is %s: accepted is the number of files to rotate through, "+
-			"a plain decimal number from 1 to %d", annotation, quote(p.value), w.disk.limit)
-	case p.hasIface && !isInterface(p.iface):
-		return asked, fmt.Errorf("the annotation %s is %s: accepted is the name of a network interface, or any, at most 15 "+
-			"characters of a-z A-Z 0-9 . _ -, not beginning with -", interfaceAnnotation, quote(p.iface))
-	case strings.ContainsFunc(asked.filter, isControl) || len(asked.filter) > maxFilter:
-		return asked, fmt.Errorf("the annotation %s is %s (%d bytes): accepted is a pcap filter expression, a line of "+
-			"printable text of at most %d bytes", filterAnnotation, quote(asked.filter), len(asked.filter), maxFilter)
-	case asked.filter == "" || asked.filter == w.compiled.filter && asked.iface == w.compiled.iface:
-		return asked, nil // the pods of a Deployment have the same filter
+	case p.files < 1 || p.files > w.disk.limit || p.value != strconv.Itoa(p.files): // tcpdump itself takes "5abc" for 5
+		return refuse(annotation, p.value,
+			"the number of files to rotate through, a plain decimal number from 1 to "+strconv.Itoa(w.disk.limit))
+	case p.hasIface && (p.iface == "" || len(p.iface) > 15 || p.iface[0] == '-' || strings.Trim(p.iface, letters+digits+"._-") != ""):
+		return refuse(interfaceAnnotation, p.iface,
+			"the name of a network interface, or any, at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
+	case strings.ContainsFunc(p.filter, isUnprintable) || len(p.filter) > maxFilter:
+		return refuse(filterAnnotation, p.filter,
+			fmt.Sprintf("a pcap filter expression, a line of printable text of at most %d bytes, not %d", maxFilter, len(p.filter)))
 	}
-	if err = w.compile(ctx, asked); err != nil {
-		err = fmt.Errorf("the annotation %s is %s, which is refused (%w): accepted is a pcap filter expression, in which "+
-			"hosts and ports are numbers", filterAnnotation, quote(asked.filter), err)
+	if complaint := w.compile(ctx, p); complaint != "" {
+		return refuse(filterAnnotation, p.filter, "a pcap filter expression, in which hosts and ports are numbers; "+complaint)
 	}
-	return asked, err
+	return ""
 }
 
-// compile has tcpdump compile a filter, without a device. It is refused only if tcpdump says so: where tcpdump can't
-// run now, the capture will tell. No name is looked up on the way: see dnsConfig in daemonset.yaml.
-func (w *podWatch) compile(ctx context.Context, asked request) error {
-	ctx, cancel := context.WithTimeout(ctx, compileTime)
+// compile has tcpdump compile a filter, without a device, and returns what it complains of. Where tcpdump can't do it
+// now, the capture will tell. No name is looked up on the way: see dnsConfig in daemonset.yaml.
+func (w *podWatch) compile(ctx context.Context, p pod) string {
+	if p.filter == "" {
+		return ""
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	link, said := "EN10MB", newStderr()
-	if asked.iface == "any" {
+	link, said := "EN10MB", &report{listening: func() {}}
+	if p.iface == "any" {
 		link = "LINUX_SLL2"
 	}
-	child, err := w.start(ctx, said, nil, "tcpdump", "-y", link, "-d", "--", asked.filter)
-	if err != nil {
-		return nil
+	if tcpdump, err := w.start(ctx, said, nil, "tcpdump", "-y", link, "-d", "--", p.filter); err == nil && tcpdump.wait() != nil {
+		return said.complaint
 	}
-	if child.wait() == nil {
-		w.compiled = asked
-		return nil
-	}
-	if ctx.Err() == context.DeadlineExceeded { // and not the end of the program
-		return fmt.Errorf("it takes longer than %v to compile", compileTime)
-	}
-	if complaint := said.complaint(); complaint != "" {
-		return errors.New(complaint)
-	}
-	return nil
+	return ""
 }
 
 // ---- A capture, from its start to its last file ----
 
-// capture is one capture of one pod. Only its own goroutine uses it.
+// capture is one capture of one pod. Only its own goroutine changes it.
 type capture struct {
 	*node
 	pod
-	asked   request
 	stem    string               // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
 	opened  bool                 // tcpdump has captured into these files
 	counted string               // what tcpdump counted when it ended last
@@ -576,12 +532,15 @@ func (c *capture) live(ctx context.Context) {
 // awaitNetwork returns true when the pod has its network, and false when ctx ends first. Between a pod's network and its
 // first container there is little time, so it looks often.
 func (c *capture) awaitNetwork(ctx context.Context) bool {
-	began, told := time.Now(), false
-	for ctx.Err() == nil {
+	poll, told := birthPoll, false
+	for began := time.Now(); ctx.Err() == nil; sleep(ctx, poll) {
 		if _, ok := c.processes.find(c.pod); ok {
 			return true
 		}
-		waited, poll := time.Since(began), birthPoll
+		waited := time.Since(began)
+		if waited >= birthTime {
+			poll = time.Second
+		}
 		switch {
 		case told:
 		case c.opened && waited >= goneTime:
@@ -592,22 +551,17 @@ func (c *capture) awaitNetwork(ctx context.Context) bool {
 			told = true
 			c.warn("CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended", "the capture starts when it has one")
 		}
-		if waited >= birthTime {
-			poll = untilNextSecond()
-		}
-		sleep(ctx, poll)
 	}
 	return false
 }
 
-// awaitRoom returns true when the capture has a name and room on the disk, and false when ctx ends first. A capture that has both already
-// waits while the disk is full.
+// awaitRoom returns true when the capture has a name and room on the disk, and false when ctx ends first. A capture that
+// has both already waits while the disk is full.
 func (c *capture) awaitRoom(ctx context.Context) bool {
 	for told := false; ctx.Err() == nil; {
-		var predecessor <-chan struct{}
-		missing := ""
+		missing, freed := "", (<-chan struct{})(nil)
 		if c.stem == "" {
-			c.stem, predecessor, missing = c.disk.take(c.pod, c.asked.n)
+			c.stem, missing, freed = c.disk.take(c.pod)
 		} else if c.disk.isFull() {
 			missing = "the disk is full"
 		}
@@ -619,8 +573,8 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 			c.warn("CaptureWaiting", "Waiting for room: "+missing, "the capture starts by itself when there is enough")
 		}
 		select {
-		case <-predecessor: // none is a nil channel, on which nothing comes
-		case <-time.After(untilNextSecond()):
+		case <-freed:
+		case <-time.After(time.Second):
 		case <-ctx.Done():
 		}
 	}
@@ -632,7 +586,7 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
 	_, hasNetwork := c.processes.find(c.pod)
 	switch {
-	case errors.Is(err, errMoved):
+	case errors.Is(err, errMoved) && c.opened:
 		c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on")
 	case errors.Is(err, errFull):
 		c.warn("CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may be cut",
@@ -649,107 +603,121 @@ func (c *capture) clear() {
 	if c.stem == "" {
 		return
 	}
-	files, bytes := findFiles(c.root, func(name string) bool { return ownsFile(c.stem, name) })
-	if err := removeFiles(files); err != nil {
+	size, err := removeFiles(c.root, c.stem)
+	if err != nil {
 		slog.Error("files can't be deleted", "namespace", c.namespace, "pod", c.name, "error", err)
 	}
 	if c.opened {
-		c.tell("CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, bytes))
+		c.tell("CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, size))
 	}
 	c.disk.give(c.stem)
 	c.stem, c.opened = "", false
 }
 
 // tellStarted is called once tcpdump captures.
-func (c *capture) tellStarted(s sandbox, said *stderr) {
-	what, warnings := "Capturing into "+fileNames(c.stem, c.asked.n)+", rotated at 1 MB, in "+c.podNamespace+"/"+c.podName, []string{}
-	if c.asked.iface != "" {
-		what += "; the interface is " + c.asked.iface
+func (c *capture) tellStarted(isHost bool, warning string) {
+	what, but := "Capturing into "+fileNames(c.stem, c.files)+", rotated at 1 MB, in "+c.podNamespace+"/"+c.podName, []string{}
+	if c.iface != "" {
+		what += "; the interface is " + c.iface
 	}
-	if c.asked.filter != "" {
-		what += "; the filter is " + quote(c.asked.filter)
+	if c.filter != "" {
+		what += fmt.Sprintf("; the filter is %q", cut(c.filter))
 	}
-	if s.isHost {
-		warnings = append(warnings, "this pod has the host's network, so the files hold the whole node's traffic")
+	if isHost {
+		but = append(but, "this pod has the host's network, so the files hold the whole node's traffic")
 	}
 	if c.opened {
-		warnings = append(warnings, "tcpdump began again at the first file, and the packets in that one are lost")
+		but = append(but, "tcpdump began again at the first file, and the packets in that one are lost")
 	}
-	if said.warning != "" {
-		warnings = append(warnings, "tcpdump says: "+said.warning)
+	if warning != "" {
+		but = append(but, "tcpdump says: "+warning)
 	}
-	c.opened = true
-	if len(warnings) > 0 {
-		c.warn("CaptureStarted", what, strings.Join(warnings, "; "))
-	} else {
-		c.tell("CaptureStarted", what)
+	if c.opened = true; len(but) > 0 {
+		c.warn("CaptureStarted", what, strings.Join(but, "; "))
+		return
 	}
+	c.tell("CaptureStarted", what)
 }
 
-// tell writes a line of the log and an Event of the pod.
-func (c *capture) tell(reason, message string) { c.events.tell(c.pod, "Normal", reason, message) }
+// tell writes a line of the log and an Event of the pod. What was warned of before is past then.
+func (c *capture) tell(reason, message string) {
+	clear(c.told)
+	c.node.tell(c.pod, "Normal", reason, message)
+}
 
 // warn tells what a person should see, unless it did so a short time ago. Only the detail may differ then.
 func (c *capture) warn(reason, message, detail string) {
 	if at, ok := c.told[message]; !ok || time.Since(at) >= repeatTime {
 		c.told[message] = time.Now()
-		c.events.tell(c.pod, "Warning", reason, message+"; "+detail)
+		c.node.tell(c.pod, "Warning", reason, message+"; "+detail)
 	}
 }
 
 // ---- tcpdump: one run of it ----
 
-// runTcpdump captures in the pod's network, and returns why that ended. Every second it looks whether it still should.
+// runTcpdump captures in the pod's network, and returns why that ended.
 func (c *capture) runTcpdump(ctx context.Context) error {
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	said := newStderr()
+	said := &report{}
 	s, tcpdump, err := c.startTcpdump(running, said)
 	if err != nil {
 		return err
 	}
-	ended, listening := make(chan error, 1), said.listening
-	go func() { ended <- tcpdump.wait() }()
-	tellStarted := sync.OnceFunc(func() { c.tellStarted(s, said) })
-	for seen := time.Now(); running.Err() == nil; {
-		select {
-		case <-listening:
-			listening = nil // it is closed, and would come again and again
-			tellStarted()
-		case err := <-ended:
-			if c.counted = said.counts(); said.listens() {
-				tellStarted()
-			}
-			return fmt.Errorf("tcpdump ended by itself (%s)", said.lastWords(err))
-		case <-time.After(untilNextSecond()):
-			if why := c.whyEnd(s, tcpdump, &seen); why != nil {
-				stop(why)
-			}
-		case <-running.Done():
+	said.listening = func() {
+		if ctx.Err() == nil {
+			c.tellStarted(s.isHost, said.warning)
+		}
+	}
+	ended := make(chan struct{})
+	defer close(ended)
+	go c.oversee(running, stop, ended, s, tcpdump)
+	err = tcpdump.wait()
+	c.counted = said.counts()
+	if running.Err() != nil {
+		return context.Cause(running)
+	}
+	return fmt.Errorf("tcpdump ended by itself (%s)", said.lastWords(err))
+}
+
+// oversee looks every second whether tcpdump should still run, stops it if not, and tells if it can't be ended.
+func (c *capture) oversee(running context.Context, stop context.CancelCauseFunc, ended chan struct{}, s sandbox, tcpdump *child) {
+	for seen := time.Now(); running.Err() == nil; sleep(running, time.Second) {
+		patience := emptyTime // how long no process of the pod may be seen
+		if !s.isHost && !slices.Contains(interfaces(fmt.Sprintf("%s/%d", c.proc, tcpdump.pid)), podInterface) {
+			patience = lastPackets
+		}
+		now, ok := c.processes.find(c.pod)
+		switch {
+		case ok && now.network != s.network:
+			stop(errMoved)
+		case ok:
+			seen = time.Now()
+		case time.Since(seen) >= patience:
+			stop(errGone)
+		}
+		if c.disk.isFull() {
+			stop(errFull)
 		}
 	}
 	select {
 	case <-ended:
 	case <-time.After(termGrace + time.Second):
-		c.warn("CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL were sent, and it still runs (%v)",
-			tcpdump.pid, tcpdump.kill()), "its files stay until it ends")
-		<-ended
+		err := tcpdump.kill()
+		c.node.tell(c.pod, "Warning", "CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL "+
+			"were sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, err))
 	}
-	if c.counted = said.counts(); said.listens() && ctx.Err() == nil {
-		tellStarted()
-	}
-	return context.Cause(running)
 }
 
 // startTcpdump starts tcpdump in the pod's network. ctx ends it.
-func (c *capture) startTcpdump(ctx context.Context, said *stderr) (sandbox, *child, error) {
+func (c *capture) startTcpdump(ctx context.Context, said *report) (s sandbox, tcpdump *child, err error) {
 	s, ok := c.processes.find(c.pod)
 	if !ok {
 		return s, nil, errGone
 	}
-	device := cmp.Or(c.asked.iface, podInterface)
+	device := cmp.Or(c.iface, podInterface)
 	if s.isHost {
-		device = cmp.Or(c.asked.iface, "any")
+		device = cmp.Or(c.iface, "any")
 	}
 	// tcpdump takes "2" for the second interface that there is, and has devices that are none, such as nflog.
 	if names := interfaces(s.dir); device != "any" && !slices.Contains(names, device) {
@@ -760,7 +728,7 @@ func (c *capture) startTcpdump(ctx context.Context, said *stderr) (sandbox, *chi
 		return s, nil, fmt.Errorf("the pod's network can't be opened: %w", err)
 	}
 	defer network.Close() // at once: an open file keeps the namespace, and the pod's interface, alive
-	tcpdump, err := c.start(ctx, said, network, c.arguments(device)...)
+	tcpdump, err = c.start(ctx, said, network, c.arguments(device)...)
 	if err != nil {
 		return s, nil, fmt.Errorf("tcpdump can't be started: %w", err)
 	}
@@ -772,7 +740,7 @@ func (c *capture) arguments(device string) []string {
 	arguments := []string{
 		"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump",
 		"-C", "1", // 1,000,000 bytes; "1M" is an error before 4.99.6
-		"-W", strconv.Itoa(c.asked.n),
+		"-W", strconv.Itoa(c.files),
 		"-w", c.stem,
 		"-U",         // each packet is written as it comes, or a file stays empty until 4 KiB are there
 		"-Z", "root", // or it becomes user tcpdump, who may not open the next file in /
@@ -783,36 +751,14 @@ func (c *capture) arguments(device string) []string {
 		// the ring: it lost 27 % and 35 %, with 16 MiB 1 % and 9 %.
 		"-B", "4096",
 	}
-	if c.asked.filter != "" {
-		arguments = append(arguments, "--", c.asked.filter) // never an option
+	if c.filter != "" {
+		arguments = append(arguments, "--", c.filter) // never an option
 	}
 	return arguments
 }
 
-// whyEnd says why tcpdump must end although its capture goes on: nil, errMoved, errGone or errFull. seen is when a
-// process of the pod was seen last.
-func (c *capture) whyEnd(s sandbox, tcpdump *child, seen *time.Time) error {
-	patience := emptyTime
-	if !s.isHost && !slices.Contains(interfaces(c.processes.folder(tcpdump.pid)), podInterface) {
-		patience = lastPackets
-	}
-	now, ok := c.processes.find(c.pod)
-	if ok {
-		*seen = time.Now()
-	}
-	switch {
-	case ok && now.network != s.network:
-		return errMoved
-	case !ok && time.Since(*seen) >= patience:
-		return errGone
-	case c.disk.isFull():
-		return errFull
-	}
-	return nil
-}
-
 // starter starts a program, with network, if any, as its descriptor 3. When ctx ends the program gets SIGTERM, and after
-// termGrace SIGKILL. What it says on stderr is written there until wait returns, which must be called.
+// termGrace SIGKILL. wait, which must be called, writes to stderr what the program says there.
 type starter func(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error)
 
 // child is a program that runs.
@@ -841,161 +787,119 @@ func start(ctx context.Context, stderr io.Writer, network *os.File, arguments ..
 	}}, nil
 }
 
-// stderr is what a child says there: the end of it, for its last words and its counts.
-type stderr struct {
-	listening chan struct{} // closed when tcpdump says that it captures
-	warning   string        // what it warned of until then
-	text      []byte
+// report is what a tcpdump says on stderr.
+type report struct {
+	listening         func() // called when it says that it captures
+	warning           string // its first one
+	complaint         string // the last thing that it or nsenter complained of
+	captured, dropped string // what it counted, at its end
+	rest              string // a line that has not ended yet
 }
 
-func newStderr() *stderr { return &stderr{listening: make(chan struct{})} }
-
-// Write takes what the child says as it comes.
-func (e *stderr) Write(text []byte) (int, error) {
-	e.text = append(e.text, text...)
-	if !e.listens() && bytes.Contains(e.text, []byte("listening on ")) {
-		e.warning = warningIn(string(e.text))
-		close(e.listening)
+// Write takes what tcpdump says as it comes.
+func (r *report) Write(text []byte) (int, error) {
+	lines := strings.Split(r.rest+string(text), "\n")
+	last := len(lines) - 1
+	r.rest = lines[last][max(0, len(lines[last])-4096):]
+	for _, line := range lines[:last] {
+		first, _, _ := strings.Cut(line, " ")
+		switch {
+		case strings.Contains(line, "listening on "):
+			r.listening()
+		case strings.HasSuffix(line, " captured"): // "1 packet captured"
+			r.captured = line
+		case strings.HasSuffix(line, " dropped by kernel"):
+			r.dropped = first
+		case strings.Contains(strings.ToLower(line), "warning: "):
+			r.warning = cmp.Or(r.warning, cut(line))
+		case (first == "tcpdump:" || first == "nsenter:") && !strings.Contains(line, "data link type "):
+			r.complaint = cut(line)
+		}
 	}
-	e.text = e.text[max(0, len(e.text)-4096):]
 	return len(text), nil
 }
 
-// warningIn is the first line that warns, "" if none does.
-func warningIn(text string) string {
-	for line := range strings.Lines(text) {
-		if strings.Contains(strings.ToLower(line), "warning: ") {
-			return cut(strings.TrimSpace(line))
-		}
-	}
-	return ""
+// counts is what tcpdump counted; one that was killed did not tell.
+func (r *report) counts() string {
+	return cmp.Or(r.captured, "an unknown number of packets captured") + ", " +
+		cmp.Or(r.dropped, "an unknown number") + " dropped by the kernel"
 }
 
-func (e *stderr) listens() bool {
-	select {
-	case <-e.listening:
-		return true
-	default:
-		return false
-	}
-}
-
-// lastWords says why a child ended: the signal that ended it, what it complained of, or its status.
-func (e *stderr) lastWords(err error) string {
+// lastWords says why tcpdump ended: the signal that ended it, what it complained of, or its status.
+func (r *report) lastWords(err error) string {
 	if exit := new(exec.ExitError); errors.As(err, &exit) && !exit.Exited() {
 		return err.Error()
 	}
-	return cmp.Or(e.complaint(), fmt.Sprint(cmp.Or(err, errors.New("exit status 0"))))
-}
-
-// complaint is the last thing that tcpdump or nsenter complained of, "" if nothing.
-func (e *stderr) complaint() (last string) {
-	for line := range strings.Lines(string(e.text)) {
-		isOwn := strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")
-		if isOwn && !strings.Contains(line, "listening on ") && !strings.Contains(line, "data link type ") {
-			last = cut(strings.TrimSpace(line))
-		}
-	}
-	return last
-}
-
-// counts is what tcpdump counted, by its closing lines ("1 packet captured"); one that was killed wrote none.
-func (e *stderr) counts() string {
-	captured, dropped := "an unknown number of packets", "an unknown number"
-	for line := range strings.Lines(string(e.text)) {
-		number, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
-		_, what, _ := strings.Cut(rest, " ")
-		n, err := strconv.Atoi(number)
-		switch {
-		case err == nil && what == "captured":
-			captured = count(n, "packet")
-		case err == nil && what == "dropped by kernel":
-			dropped = number
-		}
-	}
-	return captured + " captured, " + dropped + " dropped by the kernel"
+	return cmp.Or(r.complaint, fmt.Sprint(cmp.Or(err, errors.New("exit status 0"))))
 }
 
 // ---- Files, and the room for them ----
 
-const digits = "0123456789"
-
 // disk is the room that all captures share, and the names of their files.
 type disk struct {
-	root        string
-	limit       int   // files that all captures together may have
-	freePercent int64 // of the file system, which they leave free
+	config
+	limit int // files that all captures together may have
 
 	mu    sync.Mutex
-	names map[string]*holder // by stem
-}
-
-// holder has a name, and the room for its files.
-type holder struct {
-	namespace string
-	files     int
-	freed     chan struct{} // closed when the name is free
+	taken map[string]pod // by stem: whose files have that name, and the room that they need
+	freed chan struct{}  // closed when one is given back; then there is a new one
 }
 
 func newDisk(cfg config) *disk {
 	limit := min(cfg.diskLimit/fileBytes, math.MaxInt32) // tcpdump reads -W with atoi into an int
-	return &disk{root: cfg.root, limit: int(limit), freePercent: cfg.diskFree, names: map[string]*holder{}}
+	return &disk{config: cfg, limit: int(limit), taken: map[string]pod{}, freed: make(chan struct{})}
 }
 
-// take gives a capture a name and room for n files. It returns the stem; or freed, which is closed when an earlier capture
-// of the pod, or of one of the same name, has given the name back; or what is missing. A pod whose name a pod of another
-// namespace has gets its UID behind a "_", which is in no pod name.
-func (d *disk) take(p pod, n int) (stem string, freed <-chan struct{}, missing string) {
+// take gives a capture a name and room for its files. It returns the stem; or none, and what is missing, which is "" while
+// an earlier capture of the pod, or of one of the same name, has the name. A pod whose name a pod of another namespace has
+// gets its UID behind a "_", which is in no pod name. freed is closed when it is worth another try.
+func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	plain := filepath.Join(d.root, "capture-"+p.name+".pcap")
+	stem = filepath.Join(d.root, "capture-"+p.name+".pcap")
 	special := filepath.Join(d.root, fmt.Sprintf("capture-%s_%.8s.pcap", p.name, p.uid))
-	stem, other := plain, d.names[plain]
-	if other != nil && other.namespace != p.namespace {
-		stem, other = special, nil
+	other, isTaken := d.taken[stem]
+	if isTaken && other.namespace != p.namespace {
+		stem, isTaken = special, false
 	}
-	if other = cmp.Or(d.names[special], other); other != nil {
-		return "", other.freed, ""
+	if _, isOwn := d.taken[special]; isOwn || isTaken {
+		return "", "", d.freed
 	}
-	if missing := d.missing(n); missing != "" {
-		return "", nil, missing
+	files, unwritten := d.promised()
+	free, total := space(d.root)
+	free -= total/100*d.diskFree + unwritten
+	switch size := int64(p.files) * fileBytes; {
+	case files+p.files > d.limit:
+		missing = fmt.Sprintf("%s asked for, and %d of the %d that this node may have are taken", count(p.files, "file"), files, d.limit)
+	case free < size:
+		missing = fmt.Sprintf("%s can take %d bytes, and the disk has %d for them, with %d %% of it left free",
+			count(p.files, "file"), size, max(0, free), d.diskFree)
+	default:
+		d.taken[stem] = p
+		return stem, "", nil
 	}
-	d.names[stem] = &holder{p.namespace, n, make(chan struct{})}
-	return stem, nil, ""
+	return "", missing, d.freed
 }
 
 func (d *disk) give(stem string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	close(d.names[stem].freed)
-	delete(d.names, stem)
+	delete(d.taken, stem)
+	close(d.freed)
+	d.freed = make(chan struct{})
 }
 
-// missing says why there is no room for n more files, "" if there is. The lock is held.
-func (d *disk) missing(n int) string {
-	taken, unwritten := d.taken()
-	free, total := space(d.root)
-	free -= total/100*d.freePercent + unwritten
-	switch {
-	case taken+n > d.limit:
-		return fmt.Sprintf("%s asked for, and %d of the %d that this node may have are taken", count(n, "file"), taken, d.limit)
-	case free < int64(n)*fileBytes:
-		return fmt.Sprintf("%s can take %d bytes, and the disk has %d for them, with %d %% of it left free",
-			count(n, "file"), int64(n)*fileBytes, max(0, free), d.freePercent)
+// promised is how many files the captures have, and how many bytes they may still write. The lock is held.
+func (d *disk) promised() (files int, unwritten int64) {
+	for _, p := range d.taken {
+		files += p.files
 	}
-	return ""
-}
-
-// taken is the files of all captures, and how many bytes may still be written into them. The lock is held.
-func (d *disk) taken() (files int, unwritten int64) {
-	for _, h := range d.names {
-		files += h.files
-	}
-	_, written := findFiles(d.root, isCapture)
+	_, written := findFiles(d.root, "")
 	return files, int64(files)*fileBytes - written
 }
 
-// isFull reports whether neither one more file fits, nor what the captures may still write. tcpdump would not say so.
+// isFull reports whether the disk has room for not even one file, and for less than was promised: tcpdump would go on, and
+// cut its files without a word.
 func (d *disk) isFull() bool {
 	free, _ := space(d.root)
 	if free >= fileBytes {
@@ -1003,7 +907,7 @@ func (d *disk) isFull() bool {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	_, unwritten := d.taken()
+	_, unwritten := d.promised()
 	return free < unwritten
 }
 
@@ -1025,47 +929,40 @@ func fileNames(stem string, n int) string {
 	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
 }
 
-// ownsFile reports whether a file's name is of the capture with that stem: web's are never those of web-2 or web.pcap0.
-func ownsFile(stem, name string) bool { return strings.TrimRight(name, digits) == filepath.Base(stem) }
-
-// isCapture reports whether a file's name is of any capture.
-func isCapture(name string) bool {
-	return strings.HasPrefix(name, "capture-") && strings.HasSuffix(strings.TrimRight(name, digits), ".pcap")
-}
-
-// findFiles returns the paths of a folder's files whose names match, sorted, and their bytes.
-func findFiles(folder string, matches func(name string) bool) (paths []string, bytes int64) {
-	entries, _ := os.ReadDir(folder)
-	for _, entry := range entries {
-		if !matches(entry.Name()) {
-			continue
-		}
-		if info, err := entry.Info(); err == nil && info.Mode().IsRegular() {
-			paths = append(paths, filepath.Join(folder, entry.Name()))
-			bytes += info.Size()
+// findFiles returns the paths of a capture's files, or with stem "" of all captures', and their bytes. web's are never
+// those of web-2 or web.pcap0.
+func findFiles(root, stem string) (paths []string, size int64) {
+	all, _ := filepath.Glob(filepath.Join(root, "capture-*.pcap*"))
+	for _, path := range all {
+		info, err := os.Lstat(path)
+		its := strings.TrimRight(path, digits)
+		if err == nil && info.Mode().IsRegular() && (its == stem || stem == "" && strings.HasSuffix(its, ".pcap")) {
+			paths = append(paths, path)
+			size += info.Size()
 		}
 	}
-	return paths, bytes
+	return paths, size
 }
 
-func removeFiles(paths []string) (err error) {
+// removeFiles deletes what findFiles finds.
+func removeFiles(root, stem string) (size int64, err error) {
+	paths, size := findFiles(root, stem)
 	for _, path := range paths {
 		err = errors.Join(err, os.Remove(path))
 	}
-	return err
+	return size, err
 }
 
 // ---- A pod's network namespace ----
 
 // processes knows the node's processes and the pods that they belong to, whatever the runtime.
 type processes struct {
-	proc     string
-	own      string      // namespace/name of this pod
+	config
 	hostNet  string      // the network of the host's first process
 	hostRoot os.FileInfo // and its files
 
 	mu             sync.Mutex
-	known          map[int]*process // by PID
+	known          map[string]*process // by folder
 	looked, forgot time.Time
 }
 
@@ -1088,11 +985,8 @@ func newProcesses(cfg config) (*processes, error) {
 		return nil, err
 	}
 	hostRoot, err := os.Stat(cfg.proc + "/1/root")
-	own := cfg.podNamespace + "/" + cfg.podName
-	return &processes{proc: cfg.proc, own: own, hostNet: hostNet, hostRoot: hostRoot, known: map[int]*process{}}, err
+	return &processes{config: cfg, hostNet: hostNet, hostRoot: hostRoot, known: map[string]*process{}}, err
 }
-
-func (ps *processes) folder(pid int) string { return ps.proc + "/" + strconv.Itoa(pid) }
 
 // find returns the network of a pod, by what is known, or after a look. One look serves all who ask within birthPoll.
 func (ps *processes) find(p pod) (sandbox, bool) {
@@ -1113,38 +1007,35 @@ func (ps *processes) open(s sandbox, p pod) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if now, ok := ps.sandbox(s.dir, p); !ok || now.network != s.network {
+	if now, ok := ps.networkOf(s.dir, p); !ok || now.network != s.network {
 		file.Close()
 		return nil, errors.New("the process that it was found by has ended")
 	}
 	return file, nil
 }
 
-// oldest is the network of the pod's oldest process that has one with eth0. Containers start after that process, and may
+// oldest is the network of the pod's oldest process that has the pod's. Containers start after that process, and may
 // have networks of their own within. The lock is held.
-func (ps *processes) oldest(p pod) (sandbox, bool) {
-	if p.namespace+"/"+p.name == ps.own { // on cgroup v2 the path of its own cgroup is cut, and names no pod
-		return ps.sandbox(ps.proc+"/self", p)
+func (ps *processes) oldest(p pod) (s sandbox, ok bool) {
+	if p.namespace == ps.podNamespace && p.name == ps.podName { // on cgroup v2 the path of its own cgroup is cut, and names no pod
+		return ps.networkOf(ps.proc+"/self", p)
 	}
-	var pids []int
-	for pid, known := range ps.known {
-		if known.pod == p.kubeletUID {
-			pids = append(pids, pid)
+	born := uint64(math.MaxUint64)
+	for dir, known := range ps.known {
+		if known.pod != p.kubeletUID || known.born >= born {
+			continue
+		}
+		if its, isPods := ps.networkOf(dir, p); isPods {
+			s, ok, born = its, true, known.born
 		}
 	}
-	slices.SortFunc(pids, func(a, b int) int { return cmp.Compare(ps.known[a].born, ps.known[b].born) })
-	for _, pid := range pids {
-		if s, ok := ps.sandbox(ps.folder(pid), p); ok {
-			return s, true
-		}
-	}
-	return sandbox{}, false
+	return s, ok
 }
 
-// sandbox is the network of a process, if it is the pod's: not an empty one (gVisor's gofer) or one that is still being
+// networkOf returns the network of a process, if it is the pod's: not an empty one (gVisor's gofer) or one that is still being
 // set up, nor the host's through a process that has the host's files as well, which is the runtime's (CRI-O's monitor, or
 // one that is still to become the pod's).
-func (ps *processes) sandbox(dir string, p pod) (sandbox, bool) {
+func (ps *processes) networkOf(dir string, p pod) (sandbox, bool) {
 	network, err := os.Readlink(dir + "/ns/net")
 	if err != nil {
 		return sandbox{}, false
@@ -1162,33 +1053,24 @@ func (ps *processes) sandbox(dir string, p pod) (sandbox, bool) {
 }
 
 // look takes note of the processes that there are, and of their pods. A process enters its cgroup after it has started:
-// so it is read again until it is a pod's, for a second. All are forgotten now and then: PIDs become others'. The lock is
-// held.
+// so its cgroup is read again for two seconds, until it is a pod's. All are forgotten now and then: PIDs become others'.
+// The lock is held.
 func (ps *processes) look(now time.Time) {
 	ps.looked = now
 	if now.Sub(ps.forgot) >= 10*time.Second {
 		clear(ps.known)
 		ps.forgot = now
 	}
-	folder, err := os.Open(ps.proc)
-	if err != nil {
-		return
-	}
-	defer folder.Close()
-	names, _ := folder.Readdirnames(-1)
-	for _, name := range names {
-		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
-		}
-		known := ps.known[pid]
+	names, _ := filepath.Glob(ps.proc + "/[1-9]*")
+	for _, dir := range names {
+		known := ps.known[dir]
 		if known == nil {
 			known = &process{first: now}
-			ps.known[pid] = known
+			ps.known[dir] = known
 		}
-		if known.pod == "" && now.Sub(known.first) <= time.Second {
-			known.pod = podOf(readFile(ps.folder(pid) + "/cgroup"))
-			known.born = startTime(readFile(ps.folder(pid) + "/stat"))
+		if known.pod == "" && now.Sub(known.first) <= 2*time.Second {
+			known.pod = podOf(readFile(dir + "/cgroup"))
+			known.born = startTime(readFile(dir + "/stat"))
 		}
 	}
 }
@@ -1198,11 +1080,10 @@ func (ps *processes) look(now time.Time) {
 // likes.
 func podOf(cgroup string) string {
 	for name := range strings.FieldsFuncSeq(cgroup, func(r rune) bool { return r == '/' || r == '\n' }) {
-		if slice, ok := strings.CutSuffix(name, ".slice"); ok {
-			name = strings.ReplaceAll(slice[strings.LastIndex(slice, "-pod")+1:], "_", "-")
-		}
+		name = strings.TrimSuffix(name, ".slice")
+		name = strings.ReplaceAll(name[strings.LastIndex(name, "-pod")+1:], "_", "-")
 		uid, ok := strings.CutPrefix(name, "pod")
-		if ok && uid != "" && strings.Trim(uid, "0123456789abcdef-") == "" {
+		if ok && uid != "" && strings.Trim(uid, digits+"abcdef-") == "" {
 			return uid
 		}
 	}
@@ -1221,8 +1102,7 @@ func startTime(stat string) uint64 {
 
 // interfaces are the names in a process's net/dev, none if it has ended.
 func interfaces(dir string) (names []string) {
-	text, _ := os.ReadFile(dir + "/net/dev")
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(readFile(dir + "/net/dev")) {
 		if name, _, ok := strings.Cut(line, ":"); ok {
 			names = append(names, strings.TrimSpace(name))
 		}
@@ -1230,17 +1110,10 @@ func interfaces(dir string) (names []string) {
 	return names
 }
 
-// readFile is a file of /proc as text, "" when its process has ended. It is read at once, with three system calls:
-// thousands are, before a capture starts.
+// readFile is a file of /proc as text, "" when its process has ended.
 func readFile(path string) string {
-	file, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
-	if err != nil {
-		return ""
-	}
-	defer syscall.Close(file)
-	var text [8192]byte
-	n, _ := syscall.Read(file, text[:])
-	return string(text[:max(n, 0)])
+	text, _ := os.ReadFile(path)
+	return string(text)
 }
 
 // ---- Events ----
@@ -1252,35 +1125,26 @@ type event struct {
 	at                    time.Time
 }
 
-// events posts Events.
-type events struct {
-	kube *kube
-	node string
-	news chan event // to record
-}
-
-func newEvents(k *kube, node string) *events { return &events{k, node, make(chan event, 1024)} }
-
 // tell writes a line of the log and has an Event posted. It never waits.
-func (es *events) tell(p pod, kind, reason, message string) {
+func (n *node) tell(p pod, kind, reason, message string) {
 	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
 	slog.Log(context.Background(), level, reason, "namespace", p.namespace, "pod", p.name, "n", p.value, "message", message)
 	select {
-	case es.news <- event{p, kind, reason, message, time.Now()}:
+	case n.news <- event{p, kind, reason, message, time.Now()}:
 	default:
 		slog.Warn("an Event is lost, too many wait", "namespace", p.namespace, "pod", p.name)
 	}
 }
 
 // record posts until ctx ends, and then what is left, for flushGrace.
-func (es *events) record(ctx context.Context) {
+func (n *node) record(ctx context.Context) {
 	posting, stop := context.WithCancel(context.Background())
 	defer stop()
 	context.AfterFunc(ctx, func() { time.AfterFunc(flushGrace, stop) })
-	for ctx.Err() == nil || len(es.news) > 0 && posting.Err() == nil {
+	for ctx.Err() == nil || len(n.news) > 0 && posting.Err() == nil {
 		select {
-		case e := <-es.news:
-			es.deliver(posting, e)
+		case e := <-n.news:
+			n.deliver(posting, e)
 		case <-ctx.Done():
 		}
 	}
@@ -1288,9 +1152,9 @@ func (es *events) record(ctx context.Context) {
 
 // deliver posts an Event, again and again while the API server is away. One that it refuses is dropped, which is normal
 // (403) in a namespace that is being deleted.
-func (es *events) deliver(ctx context.Context, e event) {
+func (n *node) deliver(ctx context.Context, e event) {
 	for retry := requestBackoff; ctx.Err() == nil; {
-		err := es.post(ctx, e)
+		err := n.post(ctx, e)
 		if err == nil {
 			return
 		}
@@ -1302,7 +1166,7 @@ func (es *events) deliver(ctx context.Context, e event) {
 	}
 }
 
-func (es *events) post(ctx context.Context, e event) error {
+func (n *node) post(ctx context.Context, e event) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	type fields = map[string]any
@@ -1311,10 +1175,10 @@ func (es *events) post(ctx context.Context, e event) error {
 		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": e.namespace, "generateName": "packetcapture-"},
 		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod", "namespace": e.namespace, "name": e.name, "uid": e.kubeletUID},
 		"type":           e.kind, "reason": e.reason, "message": e.message, "count": 1,
-		"source":         fields{"component": "packetcapture", "host": es.node},
+		"source":         fields{"component": "packetcapture", "host": n.nodeName},
 		"firstTimestamp": at, "lastTimestamp": at,
 	})
-	answer, err := es.kube.do(ctx, "POST", "/api/v1/namespaces/"+e.namespace+"/events", "application/json", body)
+	answer, err := n.kube.do(ctx, "POST", "/api/v1/namespaces/"+e.namespace+"/events", "application/json", body)
 	if err == nil {
 		answer.Close()
 	}
@@ -1439,7 +1303,7 @@ func command(ctx context.Context, arguments []string, root string, stdout, stder
 	follow := len(arguments) == 3 && arguments[1] == "-f"
 	name := arguments[len(arguments)-1]
 	if arguments[0] != "cat" || len(arguments) != 2 && !follow || name == "" || strings.HasPrefix(name, "-") {
-		return fmt.Errorf("%s is no command: accepted is cat [-f] <pod name or file>", quote(strings.Join(arguments, " ")))
+		return fmt.Errorf("%q is no command: accepted is cat [-f] <pod name or file>", cut(strings.Join(arguments, " ")))
 	}
 	stem, err := findStem(root, name)
 	if err != nil {
@@ -1454,15 +1318,11 @@ func command(ctx context.Context, arguments []string, root string, stdout, stder
 // untilStdinEnds is how cat -f notices that its `kubectl exec -i` has gone: of stdout the runtime does not tell it, and a
 // write may then wait for ever. A stdin that ends at once says nothing: it is /dev/null at the other end.
 func untilStdinEnds(ctx context.Context) context.Context {
-	if info, err := os.Stdin.Stat(); err != nil || info.Mode()&os.ModeNamedPipe == 0 {
-		return ctx
-	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, stop := context.WithCancel(ctx)
 	go func() {
 		began := time.Now()
-		io.Copy(io.Discard, os.Stdin)
-		if time.Since(began) > time.Second {
-			cancel()
+		if io.Copy(io.Discard, os.Stdin); time.Since(began) > time.Second {
+			stop()
 			time.Sleep(termGrace)
 			os.Exit(1)
 		}
@@ -1472,16 +1332,15 @@ func untilStdinEnds(ctx context.Context) context.Context {
 
 // findStem is the path, without digits, of the files of the capture that is meant by a pod's name, a file or a stem.
 func findStem(root, name string) (string, error) {
-	stems, _ := findFiles(root, isCapture)
-	for i, path := range stems {
-		stems[i] = strings.TrimRight(path, digits)
-	}
-	slices.Sort(stems)
-	stems = slices.Compact(stems)
-	var found []string
-	for _, stem := range stems {
-		pod := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(stem), "capture-"), ".pcap")
-		if plain, _, _ := strings.Cut(pod, "_"); plain == name {
+	paths, _ := findFiles(root, "")
+	var stems, found []string
+	for _, path := range paths {
+		stem := strings.TrimRight(path, digits)
+		if slices.Contains(stems, stem) {
+			continue
+		}
+		stems = append(stems, stem)
+		if base := filepath.Base(stem); base == "capture-"+name+".pcap" || strings.HasPrefix(base, "capture-"+name+"_") {
 			found = append(found, stem)
 		}
 	}
@@ -1494,24 +1353,24 @@ func findStem(root, name string) (string, error) {
 	case slices.Contains(stems, file):
 		return file, nil
 	}
-	return "", fmt.Errorf("%s is not captured here; what is: %s", quote(name), cmp.Or(strings.Join(stems, " "), "nothing"))
+	return "", fmt.Errorf("%q is not captured here; what is: %s", cut(name), cmp.Or(strings.Join(stems, " "), "nothing"))
 }
 
-// joiner writes the files of a capture as one pcap. A file is known by the time of its first packet, since tcpdump
-// writes the next one over the oldest: by these times it keeps its place.
+// joiner writes the files of a capture as one pcap.
 type joiner struct {
 	stem           string
 	stdout, stderr io.Writer
 	header         []byte           // the same in all files
 	order          binary.ByteOrder // of the numbers in them
-	at             place
+	at             place            // the file that is read; with no path before the first, and if it is gone
 	packets, bytes int
 }
 
-// place is how far a file has been read.
+// place is how far a file has been read. tcpdump writes the next file over the oldest: so a file is known, and keeps its
+// place, by the time of its first packet.
 type place struct {
 	path   string
-	first  uint64 // time of its first packet, with the seconds in the upper half
+	first  uint64 // that time, the seconds in the upper half
 	offset int64
 }
 
@@ -1523,82 +1382,68 @@ const (
 // join writes what the files hold, and with follow what comes, until they are deleted: that is how a capture ends.
 func (j *joiner) join(ctx context.Context, follow bool) error {
 	for {
-		files, isThere, err := j.files()
-		// First the last file's rest: it is full if there is a next one.
-		if err = cmp.Or(err, j.read(), j.readNext(ctx, files)); err != nil {
+		paths, _ := findFiles(filepath.Dir(j.stem), j.stem)
+		files, err := j.files(paths)
+		for i := 0; i < len(files) && err == nil && ctx.Err() == nil; i++ {
+			err = j.read(files[i])
+		}
+		if err != nil || !follow || len(paths) == 0 || ctx.Err() != nil {
 			return err
 		}
-		if !follow || !isThere || ctx.Err() != nil {
-			return nil
-		}
-		sleep(ctx, time.Duration(50+len(files))*time.Millisecond) // a look at a file takes some 20 µs
+		sleep(ctx, time.Duration(50+len(paths))*time.Millisecond) // a look at a file takes some 20 µs
 	}
 }
 
-// readNext reads the files that come after the one that was read last.
-func (j *joiner) readNext(ctx context.Context, files []place) error {
-	for _, file := range files {
-		if file.first <= j.at.first || ctx.Err() != nil {
-			continue
-		}
-		j.at = file
-		if err := j.read(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// files are those that hold a packet, the oldest first, and whether there are any.
-func (j *joiner) files() (files []place, isThere bool, err error) {
-	paths, _ := findFiles(filepath.Dir(j.stem), func(name string) bool { return ownsFile(j.stem, name) })
+// files are the one that was read last, and those that come after it, the oldest first. Of what kind the packets are, and
+// whether times are in micro- or nanoseconds, stands in the header alone.
+func (j *joiner) files(paths []string) ([]place, error) {
+	files := []place{j.at}
 	for _, path := range paths {
 		head, _ := readAt(path, 0, pcapHeader+packetHeader)
-		if len(head) >= pcapHeader {
-			err = cmp.Or(err, j.begin(path, head[:pcapHeader]))
+		if len(head) < pcapHeader {
+			continue
 		}
-		if err == nil && len(head) == pcapHeader+packetHeader {
+		if err := j.begin(head[:pcapHeader]); err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		if len(head) == pcapHeader+packetHeader && j.timeOf(head[pcapHeader:]) > j.at.first {
 			files = append(files, place{path, j.timeOf(head[pcapHeader:]), pcapHeader})
 		}
 	}
-	slices.SortStableFunc(files, func(a, b place) int { return cmp.Compare(a.first, b.first) })
-	return files, len(paths) > 0, err
+	slices.SortFunc(files[1:], func(a, b place) int { return cmp.Compare(a.first, b.first) })
+	return files, nil
 }
 
-// begin writes the first file's header. Of what kind the packets are, and whether times are in micro- or nanoseconds,
-// stands there alone.
-func (j *joiner) begin(path string, header []byte) error {
-	if j.header != nil && !bytes.Equal(header, j.header) {
-		return fmt.Errorf("%s is not of the same capture: its header differs", path)
+// begin writes the header of the first file, which all must have.
+func (j *joiner) begin(header []byte) error {
+	orders := map[byte]binary.ByteOrder{0xa1: binary.BigEndian, 0xd4: binary.LittleEndian, 0x4d: binary.LittleEndian}
+	switch {
+	case orders[header[0]] == nil:
+		return fmt.Errorf("it is no pcap file, and begins with % x", header[:4])
+	case j.header == nil:
+		j.header, j.order = header, orders[header[0]]
+		return j.write(header)
+	case !bytes.Equal(header, j.header):
+		return errors.New("it is not of the same capture: its header differs")
 	}
-	if j.header != nil {
-		return nil
-	}
-	for _, order := range []binary.ByteOrder{binary.LittleEndian, binary.BigEndian} {
-		if magic := order.Uint32(header); magic == 0xa1b2c3d4 || magic == 0xa1b23c4d {
-			j.header, j.order = header, order
-			return j.write(header)
-		}
-	}
-	return fmt.Errorf("%s is no pcap file: it begins with % x", path, header[:4])
+	return nil
 }
 
 func (j *joiner) timeOf(packet []byte) uint64 {
 	return uint64(j.order.Uint32(packet))<<32 | uint64(j.order.Uint32(packet[4:]))
 }
 
-// read writes the whole packets that are new in the file at j.at, unless it has become another one meanwhile.
-func (j *joiner) read() error {
-	if j.at.path == "" {
+// read writes the whole packets of a file that are new, unless it has become another one meanwhile.
+func (j *joiner) read(file place) error {
+	if file.path == "" {
 		return nil
 	}
-	data, err := readAt(j.at.path, j.at.offset, math.MaxInt32)
-	first, _ := readAt(j.at.path, pcapHeader, packetHeader)
-	if err != nil || len(first) < packetHeader || j.timeOf(first) != j.at.first {
-		if j.at.offset == pcapHeader || !errors.Is(err, os.ErrNotExist) { // else it is how a capture ends
-			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.at.path)
+	data, err := readAt(file.path, file.offset, math.MaxInt32)
+	if first, _ := readAt(file.path, pcapHeader, packetHeader); len(first) < packetHeader || j.timeOf(first) != file.first {
+		if file.offset == pcapHeader || !errors.Is(err, os.ErrNotExist) { // else it is how a capture ends
+			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", file.path)
 		}
-		j.at.path = "" // on with the next
+		j.at = place{first: file.first}
 		return nil
 	}
 	end := 0
@@ -1610,7 +1455,8 @@ func (j *joiner) read() error {
 		end += size
 		j.packets++
 	}
-	j.at.offset += int64(end)
+	file.offset += int64(end)
+	j.at = file
 	return j.write(data[:end])
 }
 
@@ -1650,12 +1496,6 @@ func (b *backoff) next(err error) time.Duration {
 	return wait
 }
 
-// isInterface reports whether a name can be an interface's: Linux has 15 bytes for it.
-func isInterface(name string) bool {
-	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-	return name != "" && len(name) <= 15 && name[0] != '-' && strings.Trim(name, letters+digits+"._-") == ""
-}
-
 // sleep waits, but not longer than ctx.
 func sleep(ctx context.Context, wait time.Duration) {
 	select {
@@ -1664,20 +1504,7 @@ func sleep(ctx context.Context, wait time.Duration) {
 	}
 }
 
-// untilNextSecond has all that look every second look together.
-func untilNextSecond() time.Duration {
-	return time.Until(time.Now().Truncate(time.Second).Add(time.Second))
-}
-
-// quote is a text of somebody else's in quotes, and cut where it is long.
-func quote(text string) string {
-	if start := cut(text); start != text {
-		return strconv.Quote(strings.TrimSuffix(start, "…")) + "…"
-	}
-	return strconv.Quote(text)
-}
-
-// cut shortens a text of more than 128 characters, and shows it.
+// cut shortens a text of somebody else's, and shows that it did.
 func cut(text string) string {
 	if runes := []rune(text); len(runes) > 128 {
 		return string(runes[:128]) + "…"

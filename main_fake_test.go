@@ -2,12 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -104,7 +102,7 @@ type behaviour struct {
 	shutdown time.Duration // from SIGTERM to its end
 	deaf     bool          // it ignores SIGTERM
 	immortal bool          // and SIGKILL
-	syntax   string        // what tcpdump -d says of a filter, and exits with status 1
+	syntax   string        // what tcpdump -d says of a filter, and exits with status 1; it says so of "refused" as well
 	compile  time.Duration // how long it takes for that
 }
 
@@ -123,10 +121,11 @@ type children struct {
 type fakeChild struct {
 	behaviour
 	pid, n    int
+	process   int      // by which its network was found
 	stem      string   // its -w
 	arguments []string // nsenter's
 	network   string   // the folder of the network that it found at descriptor 3
-	files     []string
+	files     []string // their names
 	signals   []string
 	quit      chan childEnd
 	gone      chan struct{} // closed when it has ended
@@ -169,6 +168,7 @@ func (k *children) start(ctx context.Context, stderr io.Writer, network *os.File
 	target, err := os.Readlink(network.Name())
 	must(k, err)
 	c.network = filepath.Dir(target)
+	c.process, _ = strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(network.Name()))))
 	k.proc.add(fakeProcess{pid: c.pid, cgroup: "0::/\n", net: strings.TrimPrefix(filepath.Base(c.network), "net-"), root: "packetcapture"})
 	c.stem = c.option("-w")
 	c.n, _ = strconv.Atoi(c.option("-W"))
@@ -178,8 +178,12 @@ func (k *children) start(ctx context.Context, stderr io.Writer, network *os.File
 		}
 	}
 	for i := range min(c.n, 3) {
-		c.files = append(c.files, fileName(c.stem, c.n, i))
-		must(k, os.WriteFile(c.files[i], make([]byte, 100), 0o644))
+		file := c.stem
+		if c.n > 1 {
+			file += fmt.Sprintf("%0*d", len(strconv.Itoa(c.n-1)), i)
+		}
+		c.files = append(c.files, filepath.Base(file))
+		must(k, os.WriteFile(file, make([]byte, 100), 0o644))
 	}
 	k.all = append(k.all, c)
 	kill := func() error {
@@ -198,11 +202,13 @@ func (k *children) compiler(ctx context.Context, stderr io.Writer, network *os.F
 	if network != nil || arguments[0] != "tcpdump" || arguments[len(arguments)-2] != "--" {
 		k.Errorf("a filter is compiled with %q", arguments)
 	}
-	k.compiled = append(k.compiled, arguments[len(arguments)-1])
+	filter := arguments[len(arguments)-1]
+	if filter == "refused" {
+		b.syntax = "tcpdump: can't parse filter expression: syntax error\n"
+	}
+	k.compiled = append(k.compiled, filter)
 	wait := func() error {
-		select {
-		case <-time.After(b.compile):
-		case <-ctx.Done():
+		if sleep(ctx, b.compile); ctx.Err() != nil {
 			return errKilled
 		}
 		if b.syntax != "" {
@@ -240,7 +246,7 @@ func (k *children) live(ctx context.Context, c *fakeChild, stderr io.Writer) err
 			}
 		case e := <-c.quit:
 			for _, file := range c.files {
-				if _, err := os.Stat(file); err != nil {
+				if _, err := os.Stat(filepath.Join(filepath.Dir(c.stem), file)); err != nil {
 					k.Errorf("a file is gone before its child: %v", err)
 				}
 			}
@@ -265,16 +271,12 @@ func (k *children) started() int {
 
 // at is the child that was started as number i.
 func (k *children) at(i int) *fakeChild {
-	k.Helper()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if i < 0 || i >= len(k.all) {
-		k.Fatalf("there is no child %d of %d", i, len(k.all))
-	}
 	return k.all[i]
 }
 
-func (k *children) last() *fakeChild { k.Helper(); return k.at(k.started() - 1) }
+func (k *children) last() *fakeChild { return k.at(k.started() - 1) }
 
 // signals are those that the last child was sent.
 func (k *children) signals() []string {
@@ -305,14 +307,6 @@ func (c *fakeChild) option(name string) string {
 	return c.arguments[slices.Index(c.arguments, name)+1]
 }
 
-// fileName is what tcpdump calls file i of n.
-func fileName(stem string, n, i int) string {
-	if n == 1 {
-		return stem
-	}
-	return fmt.Sprintf("%s%0*d", stem, len(strconv.Itoa(n-1)), i)
-}
-
 // ---- The whole ----
 
 // world is a node whose captures run in a bubble of time. The test stands where the list and the watch are: it applies
@@ -335,14 +329,7 @@ func simulate(t *testing.T, limit int64, story func(w *world)) {
 		w := newWorld(t, limit)
 		story(w)
 		w.finish(5 * time.Second)
-		for _, c := range w.kids.all {
-			if c.lives() {
-				t.Errorf("child %d is left: %v", c.pid, c.arguments)
-			}
-		}
-		if files := w.fileNames(); len(files) > 0 {
-			t.Errorf("files are left: %v", files)
-		}
+		w.runs()
 	})
 }
 
@@ -398,8 +385,8 @@ func (w *world) pass(d time.Duration) {
 
 // news are the Events that were told since the last call.
 func (w *world) news() (events []event) {
-	for len(w.events.news) > 0 {
-		events = append(events, <-w.events.news)
+	for len(w.node.news) > 0 {
+		events = append(events, <-w.node.news)
 	}
 	return events
 }
@@ -411,12 +398,11 @@ func (w *world) told(want ...string) {
 	for _, e := range w.news() {
 		got = append(got, e.kind+" "+e.reason+": "+e.message)
 	}
-	ok := len(got) == len(want)
-	for i := 0; ok && i < len(want); i++ {
-		what, words, _ := strings.Cut(want[i], ": ")
-		ok = strings.HasPrefix(got[i], what+": ") && strings.Contains(got[i], words)
+	isIt := func(got, want string) bool {
+		what, words, _ := strings.Cut(want, ": ")
+		return strings.HasPrefix(got, what+": ") && strings.Contains(got, words)
 	}
-	if !ok {
+	if !slices.EqualFunc(got, want, isIt) {
 		w.Errorf("Events:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
@@ -429,9 +415,7 @@ func (w *world) runs(want ...string) {
 	for _, c := range w.kids.all {
 		if c.lives() {
 			got = append(got, fmt.Sprintf("%s %d", filepath.Base(c.stem), c.n))
-			for _, file := range c.files {
-				files = append(files, filepath.Base(file))
-			}
+			files = append(files, c.files...)
 		}
 	}
 	w.kids.mu.Unlock()
@@ -463,17 +447,9 @@ func testConfig(t testing.TB, proc, root string) config {
 	cfg := config{nodeName: "node-1", podName: "packetcapture-x", api: "https://127.0.0.1:1", account: t.TempDir(), proc: proc,
 		root: root, diskLimit: 1 << 62}
 	must(t, os.WriteFile(filepath.Join(cfg.account, "token"), []byte("token"), 0o600),
-		os.WriteFile(filepath.Join(cfg.account, "namespace"), []byte("kube-system"), 0o600),
-		os.WriteFile(filepath.Join(cfg.account, "ca.crt"), someCA, 0o600))
+		os.WriteFile(filepath.Join(cfg.account, "namespace"), []byte("kube-system"), 0o600))
 	return cfg
 }
-
-// someCA is any certificate. It is made here because a bubble of time must have no server.
-var someCA = func() []byte {
-	server := httptest.NewTLSServer(nil)
-	defer server.Close()
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
-}()
 
 // podNamed is a pod of the namespace default whose annotation is value.
 func podNamed(name, uid, value string) pod {

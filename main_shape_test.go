@@ -14,53 +14,53 @@ import (
 	"testing"
 )
 
-// read is a file of the repository.
-func read(t *testing.T, file string) string {
+// fileText is a file of the repository.
+func fileText(t *testing.T, file string) string {
 	t.Helper()
 	text, err := os.ReadFile(file)
 	must(t, err)
 	return string(text)
 }
 
-// C1: the repository holds the program, what it is delivered with, its tests, and nothing else. Hidden files are tools'.
+// C1: the repository holds the program, what it is delivered with, its tests, and nothing else, and needs the standard library
+// alone. Hidden files are tools'; packetcapture is what `make build` leaves.
 func TestLayout(t *testing.T) {
-	known := strings.Fields("main.go go.mod Dockerfile daemonset.yaml rbac.yaml test-pod.yaml kind-config.yaml Makefile README.md LICENSE " +
-		"outputs test packetcapture") // the last is what `make build` leaves
+	known := strings.Fields("main.go go.mod Dockerfile daemonset.yaml rbac.yaml test-pod.yaml kind-config.yaml Makefile README.md LICENSE outputs test")
 	for _, name := range namesIn(t, ".") {
 		isTest, _ := filepath.Match("main_*_test.go", name)
-		if !isTest && !strings.HasPrefix(name, ".") && !slices.Contains(known, name) {
+		if !isTest && !strings.HasPrefix(name, ".") && name != "packetcapture" && !slices.Contains(known, name) {
 			t.Errorf("%s has no place in the repository", name)
 		}
 	}
-	for _, name := range append(known[:len(known)-1], ".ci", ".github", ".gitignore", ".dockerignore") {
+	for _, name := range append(known, ".ci", ".github", ".gitignore", ".dockerignore") {
 		if _, err := os.Stat(name); err != nil {
 			t.Error(err)
 		}
 	}
-	if module := read(t, "go.mod"); !strings.HasPrefix(module, "module packetcapture\n") || strings.Contains(module, "require") {
+	if module := fileText(t, "go.mod"); !strings.HasPrefix(module, "module packetcapture\n") || strings.Contains(module, "require") {
 		t.Errorf("go.mod is %q", module)
 	}
-	for _, pattern := range []string{"*.go", "test/*.go"} {
-		files, _ := filepath.Glob(pattern)
-		for _, file := range files {
-			parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
-			must(t, err)
-			for _, imported := range parsed.Imports {
-				if first, _, _ := strings.Cut(strings.Trim(imported.Path.Value, `"`), "/"); strings.Contains(first, ".") {
-					t.Errorf("%s imports %s, which is not of the standard library", file, imported.Path.Value)
-				}
+	files, _ := filepath.Glob("*.go")
+	more, _ := filepath.Glob("test/*.go")
+	for _, file := range append(files, more...) {
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+		must(t, err)
+		for _, imported := range parsed.Imports {
+			if first, _, _ := strings.Cut(imported.Path.Value, "/"); strings.Contains(first, ".") {
+				t.Errorf("%s imports %s, which is not of the standard library", file, imported.Path.Value)
 			}
 		}
 	}
 }
 
-// C1: main.go is read from top to bottom and once: it is short, its functions are, and none is deep.
+// C1: main.go is read from top to bottom and once: it is short, its functions are, and none is deep. Its doc comment is the
+// manual.
 func TestShape(t *testing.T) {
 	files := token.NewFileSet()
 	program, err := parser.ParseFile(files, "main.go", nil, parser.ParseComments)
 	must(t, err)
 	lineOf := func(at token.Pos) int { return files.Position(at).Line }
-	if lines := lineOf(program.FileEnd); lines > 1700 { // 1,200 are meant to be: it must not grow
+	if lines := lineOf(program.FileEnd); lines > 1525 { // 1,200 are meant to be: it must not grow
 		t.Errorf("main.go has %d lines", lines)
 	}
 	var lengths []int
@@ -78,9 +78,8 @@ func TestShape(t *testing.T) {
 	if median := lengths[len(lengths)/2]; median > 12 {
 		t.Errorf("the median function of %d has %d lines, 12 are meant to be", len(lengths), median)
 	}
-	// The doc comment is the manual.
-	for _, name := range regexp.MustCompile(`"([A-Z]+_[A-Z_]+)"`).FindAllStringSubmatch(read(t, "main.go"), -1) {
-		if isAPI := strings.HasPrefix(name[1], "LINUX_"); !isAPI && !strings.Contains(program.Doc.Text(), name[1]) {
+	for _, name := range regexp.MustCompile(`"([A-Z]+_[A-Z_]+)"`).FindAllStringSubmatch(fileText(t, "main.go"), -1) {
+		if isLink := strings.HasPrefix(name[1], "LINUX_"); !isLink && !strings.Contains(program.Doc.Text(), name[1]) {
 			t.Errorf("the doc comment does not tell of %s", name[1])
 		}
 	}
@@ -89,22 +88,22 @@ func TestShape(t *testing.T) {
 // nesting is how deep if and for are within each other. An "else if" is no deeper than its "if".
 func nesting(within ast.Node) (deepest int) {
 	ast.Inspect(within, func(node ast.Node) bool {
-		inner := []ast.Node{}
+		var body *ast.BlockStmt
 		switch n := node.(type) {
 		case *ast.IfStmt:
-			inner = append(inner, n.Body)
+			body = n.Body
 			if n.Else != nil {
 				deepest = max(deepest, nesting(n.Else))
 			}
 		case *ast.ForStmt:
-			inner = append(inner, n.Body)
+			body = n.Body
 		case *ast.RangeStmt:
-			inner = append(inner, n.Body)
+			body = n.Body
+		default:
+			return true
 		}
-		for _, n := range inner {
-			deepest = max(deepest, 1+nesting(n))
-		}
-		return len(inner) == 0
+		deepest = max(deepest, 1+nesting(body))
+		return false
 	})
 	return deepest
 }
@@ -117,10 +116,8 @@ func TestSize(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	info, err := os.Stat(program)
-	must(t, err)
-	if info.Size() > 7_000_000 {
-		t.Errorf("the program has %d bytes", info.Size())
+	if size := len(fileText(t, program)); size > 7_000_000 {
+		t.Errorf("the program has %d bytes", size)
 	}
 	file, err := elf.Open(program)
 	must(t, err)
@@ -130,48 +127,39 @@ func TestSize(t *testing.T) {
 	}
 }
 
-// C1, C4, C8: the names, the knobs and the rights are those of the contract and no more.
+// C1, C4, C8: the names, the knobs and the rights are those of the contract and no more. Each capability has its reason.
 func TestManifests(t *testing.T) {
-	comments := regexp.MustCompile(` *#.*`)
-	daemonSet, rbac := comments.ReplaceAllString(read(t, "daemonset.yaml"), ""), comments.ReplaceAllString(read(t, "rbac.yaml"), "")
-	for _, want := range []string{
-		"kind: DaemonSet\n", "name: packetcapture\n  namespace: kube-system\n", "app: packetcapture\n", "serviceAccountName: packetcapture\n",
-		"- name: packetcapture\n        image: packetcapture:dev\n", "hostPID: true\n", "drop: [ALL]\n", "allowPrivilegeEscalation: false\n",
-		"type: RuntimeDefault\n", "type: Unconfined\n", "type: spc_t\n", "- operator: Exists\n", "priorityClassName: system-node-critical\n",
-		"resource: limits.ephemeral-storage\n", "name: DISK_LIMIT\n", "name: DISK_FREE\n", "name: NODE_NAME\n", "name: POD_NAME\n",
-		"dnsPolicy: None\n", "dnsConfig:\n",
+	withReasons := fileText(t, "daemonset.yaml")
+	manifests := regexp.MustCompile(` *#.*`).ReplaceAllString(withReasons+fileText(t, "rbac.yaml"), "")
+	for count, texts := range map[int][]string{
+		0: {"privileged", "hostNetwork", "hostPath", "hostIPC"},
+		1: {"kind: DaemonSet\n", "serviceAccountName: packetcapture\n", "- name: packetcapture\n        image: packetcapture:dev\n",
+			"hostPID: true\n", "drop: [ALL]\n", "allowPrivilegeEscalation: false\n", "type: RuntimeDefault\n", "type: Unconfined\n", "type: spc_t\n",
+			"- operator: Exists\n", "priorityClassName: system-node-critical\n", "resource: limits.ephemeral-storage\n", "dnsPolicy: None\n",
+			"dnsConfig:\n", "name: DISK_LIMIT\n", "name: DISK_FREE\n", "name: NODE_NAME\n",
+			"resources: [pods]\n  verbs: [list, watch]\n", "resources: [events]\n  verbs: [create]\n"},
+		2: {"verbs:"},
+		3: {"name: packetcapture\n  namespace: kube-system\n"}, // the DaemonSet, the ServiceAccount, and where it is bound
+		4: {"\n            - "},                                // capabilities
+		6: {"app: packetcapture\n"},                            // on all objects, in the DaemonSet three times
 	} {
-		if !strings.Contains(daemonSet, want) {
-			t.Errorf("daemonset.yaml lacks %q", want)
+		for _, text := range texts {
+			if got := strings.Count(manifests, text); got != count {
+				t.Errorf("%q stands %d times in the manifests, want %d", text, got, count)
+			}
 		}
 	}
-	for _, never := range []string{"privileged", "hostNetwork", "hostPath", "hostIPC"} {
-		if strings.Contains(daemonSet, never) {
-			t.Errorf("daemonset.yaml asks for %s", never)
+	for _, capability := range []string{"SYS_PTRACE", "SYS_ADMIN", "NET_RAW", "SETGID"} {
+		if !regexp.MustCompile(`\n            - ` + capability + ` +# .`).MatchString(withReasons) {
+			t.Errorf("the capability %s is not added with its reason", capability)
 		}
 	}
-	_, added, _ := strings.Cut(read(t, "daemonset.yaml"), "            add:\n")
-	var capabilities []string // each with its reason
-	for line := range strings.Lines(added) {
-		capability := regexp.MustCompile(`^ +- ([A-Z_]+) +# .`).FindStringSubmatch(line)
-		if capability == nil {
-			break
-		}
-		capabilities = append(capabilities, capability[1])
-	}
-	if got := strings.Join(capabilities, " "); got != "SYS_PTRACE SYS_ADMIN NET_RAW SETGID" || strings.Count(daemonSet, "            - ") != 4 {
-		t.Errorf("the added capabilities are %s", got)
-	}
-	rules := regexp.MustCompile(`resources: (\[.*\])\n  verbs: (\[.*\])`).FindAllStringSubmatch(rbac, -1)
-	if len(rules) != 2 || rules[0][1]+rules[0][2] != "[pods][list, watch]" || rules[1][1]+rules[1][2] != "[events][create]" || strings.Count(rbac, "verbs:") != 2 {
-		t.Errorf("the rules are %q", rules)
-	}
-	for _, name := range regexp.MustCompile(`name: (.*)`).FindAllStringSubmatch(rbac, -1) {
+	for _, name := range regexp.MustCompile(`name: (.*)`).FindAllStringSubmatch(fileText(t, "rbac.yaml"), -1) {
 		if name[1] != "packetcapture" {
 			t.Errorf("rbac.yaml has the name %s", name[1])
 		}
 	}
-	if !strings.Contains(read(t, "test-pod.yaml"), "name: traffic-pod\n") {
+	if !strings.Contains(fileText(t, "test-pod.yaml"), "\n  name: traffic-pod\n") {
 		t.Error("the test pod is not traffic-pod")
 	}
 }
