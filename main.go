@@ -484,7 +484,8 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 	if p.iface == "any" {
 		link = "LINUX_SLL2"
 	}
-	if tcpdump, err := w.start(ctx, said, nil, "tcpdump", "-y", link, "-d", "--", p.filter); err == nil && tcpdump.wait() != nil {
+	tcpdump, err := w.start(ctx, nil, "tcpdump", "-y", link, "-d", "--", p.filter)
+	if err == nil && said.read(tcpdump, func() {}) != nil {
 		return said.complaint
 	}
 	return ""
@@ -659,20 +660,20 @@ func (c *capture) warn(reason, message, detail string) {
 func (c *capture) runTcpdump(ctx context.Context) error {
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	said := &report{}
-	s, tcpdump, err := c.startTcpdump(running, said)
+	s, tcpdump, err := c.startTcpdump(running)
 	if err != nil {
 		return err
 	}
+	ended := make(chan struct{})
+	defer close(ended)
+	context.AfterFunc(running, func() { c.awaitEnd(tcpdump, ended) })
+	said, seen := &report{}, time.Now()
 	said.listening = func() {
 		if ctx.Err() == nil {
 			c.tellStarted(s.isHost, said.warning)
 		}
 	}
-	ended := make(chan struct{})
-	defer close(ended)
-	go c.oversee(running, stop, ended, s, tcpdump)
-	err = tcpdump.wait()
+	err = said.read(tcpdump, func() { c.oversee(stop, s, tcpdump, &seen) })
 	c.counted = said.counts()
 	if running.Err() != nil {
 		return context.Cause(running)
@@ -680,26 +681,28 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 	return fmt.Errorf("tcpdump ended by itself (%s)", said.lastWords(err))
 }
 
-// oversee looks every second whether tcpdump should still run, stops it if not, and tells if it can't be ended.
-func (c *capture) oversee(running context.Context, stop context.CancelCauseFunc, ended chan struct{}, s sandbox, tcpdump *child) {
-	for seen := time.Now(); running.Err() == nil; sleep(running, time.Second) {
-		patience := emptyTime // how long no process of the pod may be seen
-		if !s.isHost && !slices.Contains(interfaces(fmt.Sprintf("%s/%d", c.proc, tcpdump.pid)), podInterface) {
-			patience = lastPackets
-		}
-		now, ok := c.processes.find(c.pod)
-		switch {
-		case ok && now.network != s.network:
-			stop(errMoved)
-		case ok:
-			seen = time.Now()
-		case time.Since(seen) >= patience:
-			stop(errGone)
-		}
-		if c.disk.isFull() {
-			stop(errFull)
-		}
+// oversee stops a tcpdump that should no longer run. seen is when a process of the pod was seen last.
+func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *child, seen *time.Time) {
+	now, ok := c.processes.find(c.pod)
+	patience := emptyTime
+	if !ok && !s.isHost && !slices.Contains(interfaces(fmt.Sprintf("%s/%d", c.proc, tcpdump.pid)), podInterface) {
+		patience = lastPackets
 	}
+	switch {
+	case ok && now.network != s.network:
+		stop(errMoved)
+	case ok:
+		*seen = time.Now()
+	case time.Since(*seen) >= patience:
+		stop(errGone)
+	}
+	if c.disk.isFull() {
+		stop(errFull)
+	}
+}
+
+// awaitEnd is called when tcpdump is told to end, and tells if it does not.
+func (c *capture) awaitEnd(tcpdump *child, ended chan struct{}) {
 	select {
 	case <-ended:
 	case <-time.After(termGrace + time.Second):
@@ -710,7 +713,7 @@ func (c *capture) oversee(running context.Context, stop context.CancelCauseFunc,
 }
 
 // startTcpdump starts tcpdump in the pod's network. ctx ends it.
-func (c *capture) startTcpdump(ctx context.Context, said *report) (s sandbox, tcpdump *child, err error) {
+func (c *capture) startTcpdump(ctx context.Context) (s sandbox, tcpdump *child, err error) {
 	s, ok := c.processes.find(c.pod)
 	if !ok {
 		return s, nil, errGone
@@ -728,7 +731,7 @@ func (c *capture) startTcpdump(ctx context.Context, said *report) (s sandbox, tc
 		return s, nil, fmt.Errorf("the pod's network can't be opened: %w", err)
 	}
 	defer network.Close() // at once: an open file keeps the namespace, and the pod's interface, alive
-	tcpdump, err = c.start(ctx, said, network, c.arguments(device)...)
+	tcpdump, err = c.start(ctx, network, c.arguments(device)...)
 	if err != nil {
 		return s, nil, fmt.Errorf("tcpdump can't be started: %w", err)
 	}
@@ -758,33 +761,32 @@ func (c *capture) arguments(device string) []string {
 }
 
 // starter starts a program, with network, if any, as its descriptor 3. When ctx ends the program gets SIGTERM, and after
-// termGrace SIGKILL. wait, which must be called, writes to stderr what the program says there.
-type starter func(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error)
+// termGrace SIGKILL. Its stderr must be read to the end, and then wait be called.
+type starter func(ctx context.Context, network *os.File, arguments ...string) (*child, error)
 
 // child is a program that runs.
 type child struct {
-	pid        int
+	pid    int
+	stderr interface {
+		io.Reader
+		SetReadDeadline(time.Time) error
+	}
 	wait, kill func() error
 }
 
-func start(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
+func start(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
 	cmd := exec.CommandContext(ctx, arguments[0], arguments[1:]...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = termGrace
 	cmd.ExtraFiles = []*os.File{network}
-	pipe, err := cmd.StderrPipe()
+	stderr, err := cmd.StderrPipe()
 	if err == nil {
 		err = cmd.Start()
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &child{pid: cmd.Process.Pid, kill: cmd.Process.Kill, wait: func() error {
-		// Its stderr ends when it does. To wait for that takes no thread, as waiting for the process would. The struct
-		// hides os.File's own way to copy, which takes a buffer of 32 KiB.
-		io.CopyBuffer(stderr, struct{ io.Reader }{pipe}, make([]byte, 512))
-		return cmd.Wait()
-	}}, nil
+	return &child{cmd.Process.Pid, stderr.(*os.File), cmd.Wait, cmd.Process.Kill}, nil
 }
 
 // report is what a tcpdump says on stderr.
@@ -796,9 +798,24 @@ type report struct {
 	rest              string // a line that has not ended yet
 }
 
-// Write takes what tcpdump says as it comes.
-func (r *report) Write(text []byte) (int, error) {
-	lines := strings.Split(r.rest+string(text), "\n")
+// read takes what a program says until it ends, and returns how. Every second it calls tick. To wait like this takes no
+// thread, as waiting for a process does.
+func (r *report) read(program *child, tick func()) error {
+	for text := make([]byte, 512); ; {
+		program.stderr.SetReadDeadline(time.Now().Add(time.Second))
+		n, err := program.stderr.Read(text)
+		r.take(string(text[:n]))
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			tick()
+		case err != nil:
+			return program.wait()
+		}
+	}
+}
+
+func (r *report) take(text string) {
+	lines := strings.Split(r.rest+text, "\n")
 	last := len(lines) - 1
 	r.rest = lines[last][max(0, len(lines[last])-4096):]
 	for _, line := range lines[:last] {
@@ -816,7 +833,6 @@ func (r *report) Write(text []byte) (int, error) {
 			r.complaint = cut(line)
 		}
 	}
-	return len(text), nil
 }
 
 // counts is what tcpdump counted; one that was killed did not tell.
@@ -934,9 +950,11 @@ func fileNames(stem string, n int) string {
 func findFiles(root, stem string) (paths []string, size int64) {
 	all, _ := filepath.Glob(filepath.Join(root, "capture-*.pcap*"))
 	for _, path := range all {
-		info, err := os.Lstat(path)
 		its := strings.TrimRight(path, digits)
-		if err == nil && info.Mode().IsRegular() && (its == stem || stem == "" && strings.HasSuffix(its, ".pcap")) {
+		if its != stem && (stem != "" || !strings.HasSuffix(its, ".pcap")) {
+			continue
+		}
+		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
 			paths = append(paths, path)
 			size += info.Size()
 		}
@@ -1110,11 +1128,21 @@ func interfaces(dir string) (names []string) {
 	return names
 }
 
-// readFile is a file of /proc as text, "" when its process has ended.
+// readFile is a file of /proc as text, "" when its process has ended. Thousands are read: the buffers are used again.
 func readFile(path string) string {
-	text, _ := os.ReadFile(path)
-	return string(text)
+	file, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer file.Close()
+	buffer := buffers.Get().(*bytes.Buffer)
+	defer buffers.Put(buffer)
+	buffer.Reset()
+	buffer.ReadFrom(file)
+	return buffer.String()
 }
+
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // ---- Events ----
 

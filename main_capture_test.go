@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -275,7 +274,7 @@ func TestCompile(t *testing.T) {
 			is(t, "refused with "+words, refuses(web.filtered("tcp")), want)
 		}
 		w.kids.behave(behaviour{})
-		w.start = func(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
+		w.start = func(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
 			is(t, "arguments", arguments, []string{"tcpdump", "-y", "LINUX_SLL2", "-d", "--", "tcp"})
 			return nil, syscall.EAGAIN
 		}
@@ -763,9 +762,7 @@ func TestStderr(t *testing.T) {
 			listens := false
 			said := &report{listening: func() { listens = true }}
 			for chunk := range slices.Chunk([]byte(test.text), size) {
-				n, err := said.Write(chunk)
-				is(t, "bytes written", n, len(chunk))
-				must(t, err)
+				said.take(string(chunk))
 			}
 			about := fmt.Sprintf("%.100q in pieces of %d: ", test.text, size)
 			is(t, about+"warning, complaint and counts", []string{said.warning, said.complaint, said.counts()}, []string{test.warning, test.complaint, test.counts})

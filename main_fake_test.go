@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -151,11 +152,11 @@ func (k *children) behave(b behaviour) {
 }
 
 // start is a starter.
-func (k *children) start(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
+func (k *children) start(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if slices.Contains(arguments, "-d") {
-		return k.compiler(ctx, stderr, network, arguments)
+		return k.compiler(ctx, network, arguments)
 	}
 	k.attempts = append(k.attempts, time.Now())
 	if k.next.refusal != nil {
@@ -193,11 +194,11 @@ func (k *children) start(ctx context.Context, stderr io.Writer, network *os.File
 		c.exit("", errKilled)
 		return nil
 	}
-	return &child{c.pid, func() error { return k.live(ctx, c, stderr) }, kill}, nil
+	return begin(c.pid, kill, func(stderr io.Writer) error { return k.live(ctx, c, stderr) }), nil
 }
 
 // compiler is tcpdump -d.
-func (k *children) compiler(ctx context.Context, stderr io.Writer, network *os.File, arguments []string) (*child, error) {
+func (k *children) compiler(ctx context.Context, network *os.File, arguments []string) (*child, error) {
 	b := k.next
 	if network != nil || arguments[0] != "tcpdump" || arguments[len(arguments)-2] != "--" {
 		k.Errorf("a filter is compiled with %q", arguments)
@@ -207,7 +208,7 @@ func (k *children) compiler(ctx context.Context, stderr io.Writer, network *os.F
 		b.syntax = "tcpdump: can't parse filter expression: syntax error\n"
 	}
 	k.compiled = append(k.compiled, filter)
-	wait := func() error {
+	life := func(stderr io.Writer) error {
 		if sleep(ctx, b.compile); ctx.Err() != nil {
 			return errKilled
 		}
@@ -217,7 +218,19 @@ func (k *children) compiler(ctx context.Context, stderr io.Writer, network *os.F
 		}
 		return nil
 	}
-	return &child{1, wait, func() error { return nil }}, nil
+	return begin(1, nil, life), nil
+}
+
+// begin has a child live, whose stderr is one end of a pipe.
+func begin(pid int, kill func() error, life func(stderr io.Writer) error) *child {
+	ours, its := net.Pipe()
+	ended := make(chan error, 1)
+	go func() {
+		err := life(its)
+		its.Close()
+		ended <- err
+	}()
+	return &child{pid, ours, func() error { return <-ended }, kill}
 }
 
 // live is a child's life. Like os/exec it sends SIGTERM when ctx ends, and SIGKILL after termGrace.

@@ -17,7 +17,7 @@ import (
 )
 
 // noTcpdump is a starter: a filter that can't be compiled is taken, and the capture tells.
-func noTcpdump(context.Context, io.Writer, *os.File, ...string) (*child, error) {
+func noTcpdump(context.Context, *os.File, ...string) (*child, error) {
 	return nil, errors.New("no tcpdump")
 }
 

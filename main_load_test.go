@@ -123,9 +123,9 @@ func capturing(t *testing.T, way, files int) (l *link, end func()) {
 	defer file.Close()
 	listening := make(chan bool)
 	said := &report{listening: func() { close(listening) }}
-	child := check(start(ctx, said, file, arguments...))
+	child := check(start(ctx, file, arguments...))
 	ended := make(chan error, 1)
-	go func() { ended <- child.wait() }()
+	go func() { ended <- said.read(child, func() {}) }()
 	select {
 	case <-listening:
 	case <-time.After(patience):

@@ -187,9 +187,9 @@ func (w *walker) halt() {
 }
 
 // start is a starter that looks at what must hold at any time.
-func (w *walker) start(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
+func (w *walker) start(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
 	defer w.living()
-	return w.kids.start(ctx, stderr, network, arguments...)
+	return w.kids.start(ctx, network, arguments...)
 }
 
 // living are the children that live, by their pods' numbers. A pod has one at most, and all of them have room (C4, C5).

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -98,8 +97,8 @@ func (n *realNode) run(pods ...pod) {
 }
 
 // startReal starts a child, which the made-up /proc then shows as it is.
-func (n *realNode) startReal(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
-	c, err := start(ctx, stderr, network, arguments...)
+func (n *realNode) startReal(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
+	c, err := start(ctx, network, arguments...)
 	if err != nil || network == nil {
 		return c, err
 	}
@@ -420,7 +419,7 @@ func TestStart(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		listening, began := make(chan bool), time.Now()
 		said := &report{listening: func() { close(listening) }}
-		c, err := start(ctx, said, nil, "sh", "-c", "ulimit -c 0; "+script)
+		c, err := start(ctx, nil, "sh", "-c", "ulimit -c 0; "+script)
 		must(t, err)
 		go func() {
 			select {
@@ -429,12 +428,12 @@ func TestStart(t *testing.T) {
 			case <-ctx.Done(): // at the test's end
 			}
 		}()
-		is(t, script, said.lastWords(c.wait()), want)
+		is(t, script, said.lastWords(said.read(c, func() {})), want)
 		if took := time.Since(began); strings.Contains(script, "listening") && (took < termGrace || took > 2*termGrace) {
 			t.Errorf("SIGKILL took %v", took)
 		}
 	}
-	_, err := start(t.Context(), &report{}, nil, "/there-is-none")
+	_, err := start(t.Context(), nil, "/there-is-none")
 	is(t, "there is no such program", errors.Is(err, os.ErrNotExist), true)
 }
 

@@ -394,8 +394,8 @@ func TestTrouble(t *testing.T) {
 		"504 of the list":       {"list", fault{code: 504}, "504 Gateway Timeout", 1},
 		"refused":               {"watch", fault{err: syscall.ECONNREFUSED}, "connection refused", 1},
 		"lost":                  {"watch", fault{err: reset}, "connection reset", 1},
-		"Retry-After of a word": {"watch", fault{code: 503, retryAfter: "soon"}, "503", 1},
-		"Retry-After below 0":   {"watch", fault{code: 429, retryAfter: "-100"}, "429", 1},
+		"Retry-After of a word": {"watch", fault{code: 503, retryAfter: "soon"}, "503 Service", 1},
+		"Retry-After below 0":   {"watch", fault{code: 429, retryAfter: "-100"}, "429 Too", 1},
 	}, func(w *watcher, test test) {
 		seconds, _ := strconv.Atoi(test.retryAfter)
 		w.annotate("web", "5")
@@ -692,11 +692,11 @@ func TestHealth(t *testing.T) {
 		checkBackoff(w, gaps(w.api.asked("list", "watch")), 1000, 3*time.Second)
 		w.api.heal()
 		w.untilWatching()
-		w.start = func(ctx context.Context, stderr io.Writer, network *os.File, arguments ...string) (*child, error) {
+		w.start = func(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
 			if network == nil { // it compiles a filter
 				time.Sleep(time.Minute)
 			}
-			return w.kids.start(ctx, stderr, network, arguments...)
+			return w.kids.start(ctx, network, arguments...)
 		}
 		w.annotate("web", "5", "udp")
 		w.pass(29 * time.Second)
