@@ -61,7 +61,7 @@ const (
 	interfaceAnnotation = annotation + "/interface"
 
 	// The kubelet gives a static pod a UID of its own, which names its cgroups and stands in the first of these. Anybody may
-	// add that one to a pod and have another pod captured; the second, which holds the same, nobody can add.
+	// add that one to a pod and have another pod captured; the second, which holds the same, nobody can add to a pod that is there.
 	hashAnnotation   = "kubernetes.io/config.hash"
 	mirrorAnnotation = "kubernetes.io/config.mirror"
 
@@ -202,9 +202,9 @@ func newNode(cfg config) (*node, error) {
 // run captures until ctx ends. Then every capture ends, side by side, and what is left of the Events is posted.
 func (n *node) run(ctx context.Context) {
 	recording, stopRecording := context.WithCancel(context.Background())
+	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, stopRecording) }) // whatever a tcpdump does
 	go func() {
 		newPodWatch(n).follow(ctx)
-		time.AfterFunc(exitGrace, stopRecording)
 		n.alive.Wait()
 		stopRecording()
 	}()
@@ -481,7 +481,7 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	link, said := "EN10MB", &report{listening: func() {}}
-	if p.iface == "any" {
+	if s, _ := w.processes.find(p); p.iface == "any" || p.iface == "" && s.isHost {
 		link = "LINUX_SLL2"
 	}
 	tcpdump, err := w.start(ctx, nil, "tcpdump", "-y", link, "-d", "--", p.filter)
@@ -539,8 +539,8 @@ func (c *capture) awaitNetwork(ctx context.Context) bool {
 			return true
 		}
 		waited := time.Since(began)
-		if waited >= birthTime {
-			poll = time.Second
+		if waited >= birthTime { // at whole seconds: then one look serves all
+			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 		}
 		switch {
 		case told:
@@ -550,7 +550,7 @@ func (c *capture) awaitNetwork(ctx context.Context) bool {
 				"or the pod goes, or the pod has a new network")
 		case !c.opened && waited >= waitingTime:
 			told = true
-			c.warn("CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended", "the capture starts when it has one")
+			c.warn("CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended", "; the capture starts when it has one")
 		}
 	}
 	return false
@@ -571,7 +571,7 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 		}
 		if missing != "" && !told {
 			told = true
-			c.warn("CaptureWaiting", "Waiting for room: "+missing, "the capture starts by itself when there is enough")
+			c.warn("CaptureWaiting", "Waiting for room: "+missing, "; the capture starts by itself when there is enough")
 		}
 		select {
 		case <-freed:
@@ -582,19 +582,19 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 	return false
 }
 
-// explain tells why tcpdump ended although it is still asked for, and returns how long to wait before it is started
-// again. That the network is gone is told by awaitNetwork, if it stays so.
+// explain tells why tcpdump ended although it is still asked for, and returns how long to wait before it is started again.
 func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
 	_, hasNetwork := c.processes.find(c.pod)
 	switch {
 	case errors.Is(err, errMoved) && c.opened:
 		c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on")
+	case errors.Is(err, errMoved), errors.Is(err, errGone): // awaitNetwork tells if it stays so
 	case errors.Is(err, errFull):
 		c.warn("CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may be cut",
-			"it is started again, at the first file, when there is room")
-	case hasNetwork && !errors.Is(err, errGone):
+			"; it is started again, at the first file, when there is room")
+	case hasNetwork:
 		wait = retry.next(nil)
-		c.warn("CaptureFailed", err.Error(), fmt.Sprintf("it is tried again in %v", wait.Round(100*time.Millisecond)))
+		c.warn("CaptureFailed", err.Error(), fmt.Sprintf("; it is tried again in %v", wait.Round(100*time.Millisecond)))
 	}
 	return wait
 }
@@ -634,7 +634,7 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 		but = append(but, "tcpdump says: "+warning)
 	}
 	if c.opened = true; len(but) > 0 {
-		c.warn("CaptureStarted", what, strings.Join(but, "; "))
+		c.warn("CaptureStarted", what+"; "+strings.Join(but, "; "), "")
 		return
 	}
 	c.tell("CaptureStarted", what)
@@ -646,11 +646,11 @@ func (c *capture) tell(reason, message string) {
 	c.node.tell(c.pod, "Normal", reason, message)
 }
 
-// warn tells what a person should see, unless it did so a short time ago. Only the detail may differ then.
-func (c *capture) warn(reason, message, detail string) {
+// warn tells what a person should see, unless it did so a short time ago. Only the end of it may differ then.
+func (c *capture) warn(reason, message, end string) {
 	if at, ok := c.told[message]; !ok || time.Since(at) >= repeatTime {
 		c.told[message] = time.Now()
-		c.node.tell(c.pod, "Warning", reason, message+"; "+detail)
+		c.node.tell(c.pod, "Warning", reason, message+end)
 	}
 }
 
@@ -668,13 +668,16 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 	defer close(ended)
 	context.AfterFunc(running, func() { c.awaitEnd(tcpdump, ended) })
 	said, seen := &report{}, time.Now()
+	listens := false
 	said.listening = func() {
-		if ctx.Err() == nil {
+		if listens = true; ctx.Err() == nil {
 			c.tellStarted(s.isHost, said.warning)
 		}
 	}
 	err = said.read(tcpdump, func() { c.oversee(stop, s, tcpdump, &seen) })
-	c.counted = said.counts()
+	if listens {
+		c.counted = said.counts()
+	}
 	if running.Err() != nil {
 		return context.Cause(running)
 	}
@@ -689,15 +692,14 @@ func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *chil
 		patience = lastPackets
 	}
 	switch {
+	case c.disk.isFull():
+		stop(errFull)
 	case ok && now.network != s.network:
 		stop(errMoved)
 	case ok:
 		*seen = time.Now()
 	case time.Since(*seen) >= patience:
 		stop(errGone)
-	}
-	if c.disk.isFull() {
-		stop(errFull)
 	}
 }
 
@@ -708,7 +710,7 @@ func (c *capture) awaitEnd(tcpdump *child, ended chan struct{}) {
 	case <-time.After(termGrace + time.Second):
 		err := tcpdump.kill()
 		c.node.tell(c.pod, "Warning", "CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL "+
-			"were sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, err))
+			"were sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, cmp.Or(err, errors.New("no error"))))
 	}
 }
 
@@ -798,8 +800,8 @@ type report struct {
 	rest              string // a line that has not ended yet
 }
 
-// read takes what a program says until it ends, and returns how. Every second it calls tick. To wait like this takes no
-// thread, as waiting for a process does.
+// read takes what a program says until it ends, and returns how. After each second of silence it calls tick. To wait like
+// this takes no thread, as waiting for a process does.
 func (r *report) read(program *child, tick func()) error {
 	for text := make([]byte, 512); ; {
 		program.stderr.SetReadDeadline(time.Now().Add(time.Second))
