@@ -92,6 +92,7 @@ deploy: image ## Build the image, load it into the nodes of the kind cluster, an
 deploy-to: ## The same for a cluster that is not kind, through REGISTRY: make deploy-to REGISTRY=reg.io/me CONTEXT=prod
 	@[[ '$(REGISTRY)' ]] || { echo 'Which registry? make deploy-to REGISTRY=registry.example.com/me CONTEXT=...' >&2; exit 1; }
 	@[[ '$(origin CONTEXT)' != file ]] || { echo 'Which cluster? CONTEXT= is one of:' $$($(KUBECTL) config get-contexts -o name) >&2; exit 1; }
+	@[[ ! '$(CONTEXT)' ]] || $(KUBECTL) config get-contexts '$(CONTEXT)' >/dev/null
 	@$(MAKE) --no-print-directory image
 	docker tag $(IMAGE) $(REGISTRY)/$(IMAGE)
 	docker push $(REGISTRY)/$(IMAGE)
@@ -116,7 +117,7 @@ capture=$$($(kubectl) get pod -n kube-system -l app=packetcapture --sort-by=.met
   --field-selector "spec.nodeName=$$node,status.phase=Running" -o name | tail -1); \
 [[ $$capture ]] || fail "No packetcapture pod runs on $$node, the node of $(POD)."; \
 exec $(kubectl) exec $(if $(follow),-i) -n kube-system "$$capture" -c packetcapture -- bash -c \
-  'stem=/capture-$$1_$$2.pcap; ! compgen -G "$$stem*" >/dev/null || set -- "$$stem"; exec packetcapture cat $(follow) "$$1"' \
+  'stem=/capture-$$1_$$2.pcap; compgen -G "$$stem*" >/dev/null || stem=/capture-$$1.pcap; exec packetcapture cat $(follow) "$$stem"' \
   bash '$(POD)' "$${uid:0:8}"
 endef
 

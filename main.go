@@ -431,7 +431,7 @@ func (w *podWatch) apply(ctx context.Context, p pod) {
 	case refusal != "" && f.running.files == 0:
 		w.tell(p, "Warning", "CaptureInvalid", refusal+"; nothing is captured")
 	case refusal != "":
-		w.tell(p, "Warning", "CaptureInvalid", refusal+"; the capture that runs goes on as it was")
+		w.tell(p, "Warning", "CaptureInvalid", refusal+"; the capture that was asked for before goes on as it was")
 	case p != f.running:
 		f.stop()
 		ctx, f.stop = context.WithCancel(ctx)
@@ -464,7 +464,7 @@ func (w *podWatch) refusal(ctx context.Context, p pod) string {
 			"the name of a network interface, or any, at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
 	case strings.ContainsFunc(p.filter, isUnprintable) || len(p.filter) > maxFilter:
 		return refuse(filterAnnotation, p.filter,
-			fmt.Sprintf("a pcap filter expression, a line of printable text of at most %d bytes, not %d", maxFilter, len(p.filter)))
+			fmt.Sprintf("a pcap filter expression, a line of printable text of at most %d bytes", maxFilter))
 	}
 	if complaint := w.compile(ctx, p); complaint != "" {
 		return refuse(filterAnnotation, p.filter, "a pcap filter expression, in which hosts and ports are numbers; "+complaint)
@@ -501,6 +501,8 @@ type capture struct {
 	opened  bool                 // tcpdump has captured into these files
 	counted string               // what tcpdump counted when it ended last
 	told    map[string]time.Time // Warnings, and when they were told
+	last    string               // what was told last, and
+	lastAt  time.Time            // when
 }
 
 // Why a tcpdump was ended although its capture goes on.
@@ -643,15 +645,20 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 // tell writes a line of the log and an Event of the pod. What was warned of before is past then.
 func (c *capture) tell(reason, message string) {
 	clear(c.told)
+	c.last, c.lastAt = message, time.Now()
 	c.node.tell(c.pod, "Normal", reason, message)
 }
 
-// warn tells what a person should see, unless it did so a short time ago. Only the end of it may differ then.
+// warn tells what a person should see. What was told a short time ago is told again only if something else was told since,
+// so that the last Event is true; but not if it fails again within seconds. Only the end of a message may differ each time.
 func (c *capture) warn(reason, message, end string) {
-	if at, ok := c.told[message]; !ok || time.Since(at) >= repeatTime {
-		c.told[message] = time.Now()
-		c.node.tell(c.pod, "Warning", reason, message+end)
+	now := time.Now()
+	isRepeated := now.Sub(c.told[message]) < repeatTime
+	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Sub(c.lastAt) < goneTime) {
+		return
 	}
+	c.told[message], c.last, c.lastAt = now, message, now
+	c.node.tell(c.pod, "Warning", reason, message+end)
 }
 
 // ---- tcpdump: one run of it ----
@@ -1202,7 +1209,9 @@ func (n *node) post(ctx context.Context, e event) error {
 	type fields = map[string]any
 	at := e.at.UTC().Format(time.RFC3339)
 	body, _ := json.Marshal(fields{ // strings never fail
-		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": e.namespace, "generateName": "packetcapture-"},
+		"apiVersion": "v1", "kind": "Event",
+		// Times have seconds alone: so it is by their names that kubectl lists Events in their order.
+		"metadata":       fields{"namespace": e.namespace, "generateName": fmt.Sprintf("packetcapture-%x-", e.at.UnixNano())},
 		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod", "namespace": e.namespace, "name": e.name, "uid": e.kubeletUID},
 		"type":           e.kind, "reason": e.reason, "message": e.message, "count": 1,
 		"source":         fields{"component": "packetcapture", "host": n.nodeName},
