@@ -830,7 +830,7 @@ func TestRepeatedWarnings(t *testing.T) {
 			w.pass(longestWait)
 		}
 		w.equal("Events", len(w.api.posted()), 3)
-		w.pass(5 * time.Minute)
+		w.pass(5*time.Minute + longestWait)
 		w.equal("Events", len(w.api.posted()), 4)
 	})
 }
