@@ -500,9 +500,8 @@ type capture struct {
 	stem    string               // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
 	opened  bool                 // tcpdump has captured into these files
 	counted string               // what tcpdump counted when it ended last
-	told    map[string]time.Time // Warnings, and when they were told
-	last    string               // what was told last, and
-	lastAt  time.Time            // when
+	told    map[string]time.Time // Warnings since the last other Event, and when they were told
+	last    string               // the last one of them
 }
 
 // Why a tcpdump was ended although its capture goes on.
@@ -645,7 +644,6 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 // tell writes a line of the log and an Event of the pod. What was warned of before is past then.
 func (c *capture) tell(reason, message string) {
 	clear(c.told)
-	c.last, c.lastAt = message, time.Now()
 	c.node.tell(c.pod, "Normal", reason, message)
 }
 
@@ -654,10 +652,10 @@ func (c *capture) tell(reason, message string) {
 func (c *capture) warn(reason, message, end string) {
 	now := time.Now()
 	isRepeated := now.Sub(c.told[message]) < repeatTime
-	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Sub(c.lastAt) < goneTime) {
+	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Sub(c.told[c.last]) < goneTime) {
 		return
 	}
-	c.told[message], c.last, c.lastAt = now, message, now
+	c.told[message], c.last = now, message
 	c.node.tell(c.pod, "Warning", reason, message+end)
 }
 
