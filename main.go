@@ -36,6 +36,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -86,8 +87,7 @@ const (
 	emptyTime   = 6 * time.Minute         // how long a pod may have no process: CRI-O's crash loops wait up to 5 minutes
 	lastPackets = 3 * time.Second         // how long tcpdump goes on without the pod's eth0: it reads its ring every second
 	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
-	exitGrace   = 3500 * time.Millisecond // for all captures to end when the program is told to, of 5 s in all
-	flushGrace  = time.Second             // for the last Events, after that
+	exitGrace   = 4500 * time.Millisecond // for the captures and the last Events, when the program is told to end, of 5 s in all
 	repeatTime  = 5 * time.Minute         // in which a Warning that stays the same is told once
 )
 
@@ -199,16 +199,17 @@ func newNode(cfg config) (*node, error) {
 		news: make(chan event, 1024), start: start}, nil
 }
 
-// run captures until ctx ends. Then every capture ends, side by side, and what is left of the Events is posted.
+// run captures until ctx ends. Then every capture ends, side by side, and the last Events are posted.
 func (n *node) run(ctx context.Context) {
-	recording, stopRecording := context.WithCancel(context.Background())
-	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, stopRecording) }) // whatever a tcpdump does
+	recording, stop := context.WithCancel(context.Background())
+	defer stop()
+	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, stop) }) // whatever a tcpdump or the API server does
 	go func() {
 		newPodWatch(n).follow(ctx)
 		n.alive.Wait()
-		stopRecording()
+		n.news <- event{} // the last
 	}()
-	n.record(recording) // until then
+	n.record(recording)
 }
 
 func (n *node) health() *http.Server {
@@ -253,7 +254,7 @@ type podWatch struct {
 	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache
 	retry     backoff
 	complaint string // the last error that was logged: nothing is said twice
-	accepted  bool   // the last watch was answered 200, and then failed at once
+	answered  bool   // a watch was answered since, which was logged
 }
 
 func newPodWatch(n *node) *podWatch {
@@ -272,43 +273,28 @@ func (w *podWatch) follow(ctx context.Context) {
 	var relisted time.Time
 	for step := w.list; ctx.Err() == nil; {
 		err := step(ctx)
-		if err == nil {
+		switch {
+		case err == nil:
 			step = w.watch
-		}
-		if err == nil || ctx.Err() != nil {
 			continue
-		}
-		gone := isStatus(err, http.StatusGone)
-		if gone {
+		case ctx.Err() != nil:
+			return
+		case isStatus(err, http.StatusGone):
 			step = w.list
+			if time.Since(relisted) > time.Second { // at once, but not without end
+				relisted = time.Now()
+				continue
+			}
 		}
-		if gone && time.Since(relisted) > time.Second { // at once, but not without end
-			relisted = time.Now()
-			continue
+		wait, cause := w.retry.next(err), err.Error()
+		if network := new(net.OpError); errors.As(err, &network) {
+			cause = network.Err.Error() // without the port, which differs each time
 		}
-		wait := w.retry.next(err)
-		w.complain(err, wait)
+		if w.complaint != cause {
+			w.complaint, w.answered = cause, false
+			slog.Warn("the pods can't be watched, captures go on", "error", err, "retryIn", wait)
+		}
 		sleep(ctx, wait)
-	}
-}
-
-// complain logs what goes wrong, once.
-func (w *podWatch) complain(err error, wait time.Duration) {
-	cause := err.Error()
-	if network := new(net.OpError); errors.As(err, &network) {
-		cause = network.Err.Error() // without the port, which differs each time
-	}
-	if w.complaint != cause {
-		w.complaint = cause
-		slog.Warn("the pods can't be watched, captures go on", "error", err, "retryIn", wait)
-	}
-}
-
-// recovered logs that the watch is back after that.
-func (w *podWatch) recovered() {
-	if w.complaint != "" {
-		w.complaint = ""
-		slog.Info("the pods are watched again")
 	}
 }
 
@@ -318,9 +304,7 @@ func (w *podWatch) ask(ctx context.Context, accept string, query url.Values) (io
 	if w.version != "" {
 		query.Set("resourceVersion", w.version)
 	}
-	answer, err := w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), accept, nil)
-	w.accepted = w.accepted && err == nil
-	return answer, err
+	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), accept, nil)
 }
 
 // list applies the node's pods: what the list does not hold is stopped, what it holds goes on. It sets no limit, which
@@ -370,19 +354,18 @@ func (w *podWatch) watch(ctx context.Context) error {
 		return err
 	}
 	defer answer.Close()
-	if !w.accepted { // else another 200 says nothing
-		w.recovered()
+	if w.complaint != "" && !w.answered {
+		w.answered = true
+		slog.Info("the pods are watched again")
 	}
-	began, proven := time.Now(), false
-	for decoder := json.NewDecoder(answer); err == nil; {
+	began, decoder, proven := time.Now(), json.NewDecoder(answer), false
+	for err == nil {
 		err = w.next(ctx, decoder)
 		// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
-		if proven = proven || err == nil || time.Since(began) >= time.Second; proven {
-			w.recovered()
-			w.retry = requestBackoff
+		if err == nil || time.Since(began) >= time.Second {
+			proven, w.retry, w.complaint = true, requestBackoff, ""
 		}
 	}
-	w.accepted = !proven
 	if proven && err == io.EOF {
 		return nil
 	}
@@ -436,7 +419,7 @@ func (w *podWatch) apply(ctx context.Context, p pod) {
 		f.stop()
 		ctx, f.stop = context.WithCancel(ctx)
 		f.running = p
-		c := &capture{node: w.node, pod: p, told: map[string]time.Time{}}
+		c := &capture{node: w.node, pod: p}
 		w.alive.Go(func() { c.live(ctx) })
 	}
 }
@@ -497,18 +480,18 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 type capture struct {
 	*node
 	pod
-	stem    string               // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
-	opened  bool                 // tcpdump has captured into these files
-	counted string               // what tcpdump counted when it ended last
-	told    map[string]time.Time // Warnings since the last other Event, and when they were told
-	last    string               // the last one of them
+	stem     string    // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
+	opened   bool      // tcpdump has captured into these files
+	counted  string    // what tcpdump counted when it ended last
+	warned   string    // the last Event, if it was a Warning
+	warnedAt time.Time // when that was told
 }
 
 // Why a tcpdump was ended although its capture goes on.
 var (
 	errMoved = errors.New("the pod has a new network")
 	errGone  = errors.New("the pod's network is gone")
-	errFull  = errors.New("the disk is full")
+	errFull  = errors.New("the disk is full: the capture stops, and the last packets of its files may be cut")
 )
 
 // live is the life of a capture. It returns when ctx has ended, its tcpdump has exited and its files are deleted.
@@ -534,41 +517,33 @@ func (c *capture) live(ctx context.Context) {
 // awaitNetwork returns true when the pod has its network, and false when ctx ends first. Between a pod's network and its
 // first container there is little time, so it looks often.
 func (c *capture) awaitNetwork(ctx context.Context) bool {
-	poll, told := birthPoll, false
-	for began := time.Now(); ctx.Err() == nil; sleep(ctx, poll) {
-		if _, ok := c.processes.find(c.pod); ok {
-			return true
-		}
+	began, poll := time.Now(), birthPoll
+	for told := false; ctx.Err() == nil; sleep(ctx, poll) {
+		_, found := c.processes.find(c.pod)
 		waited := time.Since(began)
-		if waited >= birthTime { // at whole seconds: then one look serves all
-			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
-		}
 		switch {
-		case told:
-		case c.opened && waited >= goneTime:
+		case found:
+			return true
+		case waited >= goneTime && c.opened && !told:
 			told = true
 			c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod's network is gone, the files stay until the annotation "+
 				"or the pod goes, or the pod has a new network")
-		case !c.opened && waited >= waitingTime:
+		case waited >= waitingTime && !c.opened && !told:
 			told = true
 			c.warn("CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended", "; the capture starts when it has one")
+		case waited >= birthTime: // at whole seconds: then one look serves all
+			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 		}
 	}
 	return false
 }
 
-// awaitRoom returns true when the capture has a name and room on the disk, and false when ctx ends first. A capture that
-// has both already waits while the disk is full.
+// awaitRoom returns true when the capture has a name and room on the disk, and false when ctx ends first.
 func (c *capture) awaitRoom(ctx context.Context) bool {
-	for told := false; ctx.Err() == nil; {
-		missing, freed := "", (<-chan struct{})(nil)
-		if c.stem == "" {
-			c.stem, missing, freed = c.disk.take(c.pod)
-		} else if c.disk.isFull() {
-			missing = "the disk is full"
-		}
-		if c.stem != "" && missing == "" {
-			return true
+	for told := false; c.stem == ""; {
+		stem, missing, freed := c.disk.take(c.pod)
+		if c.stem = stem; stem != "" {
+			break
 		}
 		if missing != "" && !told {
 			told = true
@@ -578,9 +553,10 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 		case <-freed:
 		case <-time.After(time.Second):
 		case <-ctx.Done():
+			return false
 		}
 	}
-	return false
+	return true
 }
 
 // explain tells why tcpdump ended although it is still asked for, and returns how long to wait before it is started again.
@@ -590,9 +566,6 @@ func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
 	case errors.Is(err, errMoved) && c.opened:
 		c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on")
 	case errors.Is(err, errMoved), errors.Is(err, errGone): // awaitNetwork tells if it stays so
-	case errors.Is(err, errFull):
-		c.warn("CaptureFailed", "The disk is full: the capture stops, and the last packets of its files may be cut",
-			"; it is started again, at the first file, when there is room")
 	case hasNetwork:
 		wait = retry.next(nil)
 		c.warn("CaptureFailed", err.Error(), fmt.Sprintf("; it is tried again in %v", wait.Round(100*time.Millisecond)))
@@ -641,22 +614,19 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 	c.tell("CaptureStarted", what)
 }
 
-// tell writes a line of the log and an Event of the pod. What was warned of before is past then.
+// tell writes a line of the log and an Event of the pod.
 func (c *capture) tell(reason, message string) {
-	clear(c.told)
+	c.warned = ""
 	c.node.tell(c.pod, "Normal", reason, message)
 }
 
-// warn tells what a person should see. What was told a short time ago is told again only if something else was told since,
-// so that the last Event is true; but not if it fails again within seconds. Only the end of a message may differ each time.
+// warn tells what a person should see, and now and then again as long as nothing else is told: the last Event is true. Only
+// the end of a message may differ each time.
 func (c *capture) warn(reason, message, end string) {
-	now := time.Now()
-	isRepeated := now.Sub(c.told[message]) < repeatTime
-	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Sub(c.told[c.last]) < goneTime) {
-		return
+	if now := time.Now(); message != c.warned || now.Sub(c.warnedAt) >= repeatTime {
+		c.warned, c.warnedAt = message, now
+		c.node.tell(c.pod, "Warning", reason, message+end)
 	}
-	c.told[message], c.last = now, message
-	c.node.tell(c.pod, "Warning", reason, message+end)
 }
 
 // ---- tcpdump: one run of it ----
@@ -681,7 +651,7 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 	}
 	err = said.read(tcpdump, func() { c.oversee(stop, s, tcpdump, &seen) })
 	if listens {
-		c.counted = said.counts()
+		c.counted = cmp.Or(strings.Join(said.counts, ", "), "an unknown number of packets captured") // if it was killed
 	}
 	if running.Err() != nil {
 		return context.Cause(running)
@@ -722,8 +692,11 @@ func (c *capture) awaitEnd(tcpdump *child, ended chan struct{}) {
 // startTcpdump starts tcpdump in the pod's network. ctx ends it.
 func (c *capture) startTcpdump(ctx context.Context) (s sandbox, tcpdump *child, err error) {
 	s, ok := c.processes.find(c.pod)
-	if !ok {
+	switch {
+	case !ok:
 		return s, nil, errGone
+	case c.disk.isFull():
+		return s, nil, errFull
 	}
 	device := cmp.Or(c.iface, podInterface)
 	if s.isHost {
@@ -798,11 +771,11 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*child, 
 
 // report is what a tcpdump says on stderr.
 type report struct {
-	listening         func() // called when it says that it captures
-	warning           string // its first one
-	complaint         string // the last thing that it or nsenter complained of
-	captured, dropped string // what it counted, at its end
-	rest              string // a line that has not ended yet
+	listening func()   // called when it says that it captures
+	warning   string   // its first one
+	complaint string   // the last thing that it or nsenter complained of
+	counts    []string // what it counted, at its end
+	rest      string   // a line that has not ended yet
 }
 
 // read takes what a program says until it ends, and returns how. After each second of silence it calls tick. To wait like
@@ -831,21 +804,15 @@ func (r *report) take(text string) {
 		case strings.Contains(line, "listening on "):
 			r.listening()
 		case strings.HasSuffix(line, " captured"): // "1 packet captured"
-			r.captured = line
+			r.counts = append(r.counts, line)
 		case strings.HasSuffix(line, " dropped by kernel"):
-			r.dropped = first
+			r.counts = append(r.counts, first+" dropped by the kernel")
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			r.warning = cmp.Or(r.warning, cut(line))
 		case (first == "tcpdump:" || first == "nsenter:") && !strings.Contains(line, "data link type "):
 			r.complaint = cut(line)
 		}
 	}
-}
-
-// counts is what tcpdump counted; one that was killed did not tell.
-func (r *report) counts() string {
-	return cmp.Or(r.captured, "an unknown number of packets captured") + ", " +
-		cmp.Or(r.dropped, "an unknown number") + " dropped by the kernel"
 }
 
 // lastWords says why tcpdump ended: the signal that ended it, what it complained of, or its status.
@@ -888,15 +855,20 @@ func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
 	if _, isOwn := d.taken[special]; isOwn || isTaken {
 		return "", "", d.freed
 	}
-	files, unwritten := d.promised()
+	files := 0
+	for _, other := range d.taken {
+		files += other.files
+	}
+	_, written := findFiles(d.root, "")
+	unwritten := int64(files)*fileBytes - written // what they may still take
 	free, total := space(d.root)
-	free -= total/100*d.diskFree + unwritten
+	free -= total/100*d.diskFree + unwritten + fileBytes // see isFull
 	switch size := int64(p.files) * fileBytes; {
 	case files+p.files > d.limit:
-		missing = fmt.Sprintf("%s asked for, and %d of the %d that this node may have are taken", count(p.files, "file"), files, d.limit)
+		missing = fmt.Sprintf("N=%d is asked for, and %d of the %d files that this node may have are taken", p.files, files, d.limit)
 	case free < size:
-		missing = fmt.Sprintf("%s can take %d bytes, and the disk has %d for them, with %d %% of it left free",
-			count(p.files, "file"), size, max(0, free), d.diskFree)
+		missing = fmt.Sprintf("N=%d can take %d bytes, and the disk has %d for them, with %d %% of it left free",
+			p.files, size, max(0, free), d.diskFree)
 	default:
 		d.taken[stem] = p
 		return stem, "", nil
@@ -912,26 +884,10 @@ func (d *disk) give(stem string) {
 	d.freed = make(chan struct{})
 }
 
-// promised is how many files the captures have, and how many bytes they may still write. The lock is held.
-func (d *disk) promised() (files int, unwritten int64) {
-	for _, p := range d.taken {
-		files += p.files
-	}
-	_, written := findFiles(d.root, "")
-	return files, int64(files)*fileBytes - written
-}
-
-// isFull reports whether the disk has room for not even one file, and for less than was promised: tcpdump would go on, and
-// cut its files without a word.
+// isFull reports whether the disk has room for not even one file: tcpdump would go on, and cut its files without a word.
 func (d *disk) isFull() bool {
 	free, _ := space(d.root)
-	if free >= fileBytes {
-		return false
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	_, unwritten := d.promised()
-	return free < unwritten
+	return free < fileBytes
 }
 
 // space is what a folder's file system has free and has in all, in bytes; one that does not say is not taken for full.
@@ -1135,21 +1091,11 @@ func interfaces(dir string) (names []string) {
 	return names
 }
 
-// readFile is a file of /proc as text, "" when its process has ended. Thousands are read: the buffers are used again.
+// readFile is a file of /proc as text, "" when its process has ended.
 func readFile(path string) string {
-	file, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer file.Close()
-	buffer := buffers.Get().(*bytes.Buffer)
-	defer buffers.Put(buffer)
-	buffer.Reset()
-	buffer.ReadFrom(file)
-	return buffer.String()
+	text, _ := os.ReadFile(path)
+	return string(text)
 }
-
-var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // ---- Events ----
 
@@ -1171,15 +1117,15 @@ func (n *node) tell(p pod, kind, reason, message string) {
 	}
 }
 
-// record posts until ctx ends, and then what is left, for flushGrace.
+// record posts Events up to an empty one, or until ctx ends.
 func (n *node) record(ctx context.Context) {
-	posting, stop := context.WithCancel(context.Background())
-	defer stop()
-	context.AfterFunc(ctx, func() { time.AfterFunc(flushGrace, stop) })
-	for ctx.Err() == nil || len(n.news) > 0 && posting.Err() == nil {
+	for ctx.Err() == nil {
 		select {
 		case e := <-n.news:
-			n.deliver(posting, e)
+			if e.reason == "" {
+				return
+			}
+			n.deliver(ctx, e)
 		case <-ctx.Done():
 		}
 	}
@@ -1346,9 +1292,9 @@ func command(ctx context.Context, arguments []string, root string, stdout, stder
 	if err != nil {
 		return err
 	}
-	j := &joiner{stem: stem, stdout: stdout, stderr: stderr}
-	err = j.join(ctx, follow)
-	fmt.Fprintf(stderr, "%s, %d bytes\n", count(j.packets, "packet"), j.bytes)
+	j := &joiner{stdout: stdout, stderr: stderr}
+	err = j.join(ctx, stem, follow)
+	fmt.Fprintf(stderr, "%d packets, %d bytes\n", j.packets, j.bytes)
 	return err
 }
 
@@ -1369,46 +1315,36 @@ func untilStdinEnds(ctx context.Context) context.Context {
 
 // findStem is the path, without digits, of the files of the capture that is meant by a pod's name, a file or a stem.
 func findStem(root, name string) (string, error) {
-	paths, _ := findFiles(root, "")
-	var stems, found []string
-	for _, path := range paths {
-		stem := strings.TrimRight(path, digits)
-		if slices.Contains(stems, stem) {
-			continue
-		}
-		stems = append(stems, stem)
-		if base := filepath.Base(stem); base == "capture-"+name+".pcap" || strings.HasPrefix(base, "capture-"+name+"_") {
+	stems, _ := findFiles(root, "")
+	for i, path := range stems {
+		stems[i] = strings.TrimRight(path, digits)
+	}
+	slices.Sort(stems)
+	var found []string
+	for _, stem := range slices.Compact(stems) {
+		base := filepath.Base(stem)
+		if base == "capture-"+name+".pcap" || strings.HasPrefix(base, "capture-"+name+"_") || base == strings.TrimRight(filepath.Base(name), digits) {
 			found = append(found, stem)
 		}
 	}
-	file := filepath.Join(root, strings.TrimRight(filepath.Base(name), digits))
-	switch {
-	case len(found) == 1:
+	switch len(found) {
+	case 0:
+		return "", fmt.Errorf("%q is not captured here; what is: %s", cut(name), cmp.Or(strings.Join(slices.Compact(stems), " "), "nothing"))
+	case 1:
 		return found[0], nil
-	case len(found) > 1:
-		return "", fmt.Errorf("pods of several namespaces have the name %s, say which file: %s", name, strings.Join(found, " "))
-	case slices.Contains(stems, file):
-		return file, nil
 	}
-	return "", fmt.Errorf("%q is not captured here; what is: %s", cut(name), cmp.Or(strings.Join(stems, " "), "nothing"))
+	return "", fmt.Errorf("pods of several namespaces have the name %s, say which file: %s", name, strings.Join(found, " "))
 }
 
-// joiner writes the files of a capture as one pcap.
+// joiner writes the files of a capture as one pcap. tcpdump writes the next file over the oldest: so a file is known by the
+// time of its first packet. All numbers in a file are of the node's byte order.
 type joiner struct {
-	stem           string
 	stdout, stderr io.Writer
-	header         []byte           // the same in all files
-	order          binary.ByteOrder // of the numbers in them
-	at             place            // the file that is read; with no path before the first, and if it is gone
+	header         []byte // the same in all files
+	path           string // of the file that is read; "" before the first, and if it is gone
+	first          uint64 // the time of its first packet
+	offset         int64  // how far it has been read
 	packets, bytes int
-}
-
-// place is how far a file has been read. tcpdump writes the next file over the oldest: so a file is known, and keeps its
-// place, by the time of its first packet.
-type place struct {
-	path   string
-	first  uint64 // that time, the seconds in the upper half
-	offset int64
 }
 
 const (
@@ -1417,12 +1353,16 @@ const (
 )
 
 // join writes what the files hold, and with follow what comes, until they are deleted: that is how a capture ends.
-func (j *joiner) join(ctx context.Context, follow bool) error {
+func (j *joiner) join(ctx context.Context, stem string, follow bool) error {
 	for {
-		paths, _ := findFiles(filepath.Dir(j.stem), j.stem)
-		files, err := j.files(paths)
-		for i := 0; i < len(files) && err == nil && ctx.Err() == nil; i++ {
-			err = j.read(files[i])
+		paths, _ := findFiles(filepath.Dir(stem), stem)
+		newer, err := j.newer(paths)
+		if err == nil && len(paths) > 0 {
+			err = j.read() // to its end, if there are newer ones
+		}
+		for order := slices.Sorted(maps.Keys(newer)); err == nil && ctx.Err() == nil && len(order) > 0; order = order[1:] {
+			j.path, j.first, j.offset = newer[order[0]], order[0], pcapHeader
+			err = j.read()
 		}
 		if err != nil || !follow || len(paths) == 0 || ctx.Err() != nil {
 			return err
@@ -1431,69 +1371,61 @@ func (j *joiner) join(ctx context.Context, follow bool) error {
 	}
 }
 
-// files are the one that was read last, and those that come after it, the oldest first. Of what kind the packets are, and
-// whether times are in micro- or nanoseconds, stands in the header alone.
-func (j *joiner) files(paths []string) ([]place, error) {
-	files := []place{j.at}
+// newer are the files that come after the one that is read, by the time of their first packet.
+func (j *joiner) newer(paths []string) (map[uint64]string, error) {
+	newer := map[uint64]string{}
 	for _, path := range paths {
-		head, _ := readAt(path, 0, pcapHeader+packetHeader)
-		if len(head) < pcapHeader {
-			continue
+		first, err := j.look(path)
+		if err != nil {
+			return nil, err
 		}
-		if err := j.begin(head[:pcapHeader]); err != nil {
-			return nil, fmt.Errorf("%s: %w", path, err)
-		}
-		if len(head) == pcapHeader+packetHeader && j.timeOf(head[pcapHeader:]) > j.at.first {
-			files = append(files, place{path, j.timeOf(head[pcapHeader:]), pcapHeader})
+		if first > j.first {
+			newer[first] = path
 		}
 	}
-	slices.SortFunc(files[1:], func(a, b place) int { return cmp.Compare(a.first, b.first) })
-	return files, nil
+	return newer, nil
 }
 
-// begin writes the header of the first file, which all must have.
-func (j *joiner) begin(header []byte) error {
-	orders := map[byte]binary.ByteOrder{0xa1: binary.BigEndian, 0xd4: binary.LittleEndian, 0x4d: binary.LittleEndian}
+// look returns the time of a file's first packet, the seconds in the upper half, and 0 while it has none. The first header
+// is written.
+func (j *joiner) look(path string) (first uint64, err error) {
+	head := readAt(path, 0, pcapHeader+packetHeader)
 	switch {
-	case orders[header[0]] == nil:
-		return fmt.Errorf("it is no pcap file, and begins with % x", header[:4])
+	case len(head) < pcapHeader:
+		return 0, nil
 	case j.header == nil:
-		j.header, j.order = header, orders[header[0]]
-		return j.write(header)
-	case !bytes.Equal(header, j.header):
-		return errors.New("it is not of the same capture: its header differs")
+		j.header = head[:pcapHeader]
+		err = j.write(j.header)
+	case !bytes.Equal(head[:pcapHeader], j.header):
+		err = fmt.Errorf("%s is not of the same capture: its header differs", path)
 	}
-	return nil
+	if len(head) == pcapHeader+packetHeader {
+		first = uint64(binary.NativeEndian.Uint32(head[24:]))<<32 | uint64(binary.NativeEndian.Uint32(head[28:]))
+	}
+	return first, err
 }
 
-func (j *joiner) timeOf(packet []byte) uint64 {
-	return uint64(j.order.Uint32(packet))<<32 | uint64(j.order.Uint32(packet[4:]))
-}
-
-// read writes the whole packets of a file that are new, unless it has become another one meanwhile.
-func (j *joiner) read(file place) error {
-	if file.path == "" {
+// read writes the whole packets of the file that are new, unless it has become another one meanwhile.
+func (j *joiner) read() error {
+	if j.path == "" {
 		return nil
 	}
-	data, err := readAt(file.path, file.offset, math.MaxInt32)
-	if first, _ := readAt(file.path, pcapHeader, packetHeader); len(first) < packetHeader || j.timeOf(first) != file.first {
-		if file.offset == pcapHeader || !errors.Is(err, os.ErrNotExist) { // else it is how a capture ends
-			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", file.path)
-		}
-		j.at = place{first: file.first}
+	data := readAt(j.path, j.offset, math.MaxInt32)
+	if first, _ := j.look(j.path); first != j.first {
+		fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.path)
+		j.path = ""
 		return nil
 	}
 	end := 0
 	for len(data)-end >= packetHeader {
-		size := packetHeader + int(j.order.Uint32(data[end+8:]))
+		size := packetHeader + int(binary.NativeEndian.Uint32(data[end+8:]))
 		if len(data)-end < size {
 			break
 		}
 		end += size
 		j.packets++
 	}
-	file.offset += int64(end)
-	j.at = file
+	j.offset += int64(end)
 	return j.write(data[:end])
 }
 
@@ -1504,13 +1436,14 @@ func (j *joiner) write(data []byte) error {
 }
 
 // readAt reads a part of a file, and less at its end. It is closed at once: a deleted file that is open takes room.
-func readAt(path string, offset, length int64) ([]byte, error) {
+func readAt(path string, offset, length int64) []byte {
 	file, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return nil
 	}
 	defer file.Close()
-	return io.ReadAll(io.NewSectionReader(file, offset, length))
+	data, _ := io.ReadAll(io.NewSectionReader(file, offset, length))
+	return data
 }
 
 // ---- Helpers ----
@@ -1547,12 +1480,4 @@ func cut(text string) string {
 		return string(runes[:128]) + "…"
 	}
 	return text
-}
-
-// count is "1 packet" or "2 packets".
-func count(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return fmt.Sprintf("%d %ss", n, noun)
 }
