@@ -1412,7 +1412,9 @@ func (j *joiner) read() error {
 	}
 	data := readAt(j.path, j.offset, math.MaxInt32)
 	if first, _ := j.look(j.path); first != j.first {
-		fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.path)
+		if _, err := os.Stat(j.path); err == nil || j.offset == pcapHeader { // else the capture has ended
+			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.path)
+		}
 		j.path = ""
 		return nil
 	}

@@ -180,6 +180,10 @@ func TestCatChanges(t *testing.T) {
 		{"cut to nothing", "cat web", 2, func(root string) { write(t, root, "1", nil) }, []int{1, 2, 5, 6}, true, ""},
 		{"deleted", "cat web", 2, func(root string) { must(t, os.Remove(root+"/capture-web.pcap1")) }, []int{1, 2, 5, 6}, true, ""},
 		{"all deleted", "cat -f web", 1, func(root string) { removeAll(t, root) }, nil, true, ""},
+		{"the capture ends", "cat -f web", 4, func(root string) {
+			must(t, os.Remove(root+"/capture-web.pcap2")) // and the others some time later
+			time.AfterFunc(200*time.Millisecond, func() { removeAll(t, root) })
+		}, []int{1, 2, 3, 4, 5, 6}, false, ""},
 		{"another capture", "cat -f web", 2, func(root string) { write(t, root, "1", other) }, []int{1, 2, 5, 6}, true, "not of the same capture"},
 		{"the reader goes", "cat -f web", 2, func(root string) { broken = errors.New("gone") }, nil, false, "gone"},
 		{"the program ends", "cat -f web", 1, func(root string) { cancel() }, nil, false, ""},
