@@ -61,14 +61,10 @@ const (
 	filterAnnotation    = annotation + "/filter"
 	interfaceAnnotation = annotation + "/interface"
 
-	// The kubelet gives a static pod a UID of its own, which names its cgroups and stands in the first of these. Anybody may
-	// add that one to a pod and have another pod captured; the second, which holds the same, nobody can add to a pod that is there.
+	// The cgroups of a static pod carry the UID that is in its config.hash. Anybody may add that annotation to a pod, and would
+	// have another pod captured; config.mirror nobody can add to a pod that is there. So both must hold the same.
 	hashAnnotation   = "kubernetes.io/config.hash"
 	mirrorAnnotation = "kubernetes.io/config.mirror"
-
-	// Of a pod only the metadata is asked for: it holds the annotations, and spec and status are the larger part.
-	metadata     = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-	metadataList = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 	letters      = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	digits       = "0123456789"
@@ -118,7 +114,7 @@ func run(ctx context.Context, arguments []string) error {
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", ":8080") // first: another one that runs here has files that must not be deleted
+	listener, err := net.Listen("tcp", ":8080") // a lock as well: another one here has files that must not be deleted
 	if err != nil {
 		return fmt.Errorf("serving /healthz and /readyz: %w", err)
 	}
@@ -135,7 +131,7 @@ func run(ctx context.Context, arguments []string) error {
 // config is what the program is told from outside; the folders are other ones in tests.
 type config struct {
 	nodeName, podName, podNamespace string // this pod's
-	api, account                    string // its address; folder with the service account's token, ca.crt and namespace
+	api, account                    string // the API server's address; folder with the service account's token, ca.crt and namespace
 	proc, root                      string // where the host's processes are, and where the files go
 	diskLimit                       int64  // bytes that the files may take together
 	diskFree                        int64  // percent of the file system that they leave free
@@ -174,7 +170,7 @@ type node struct {
 	kube      *kube
 	processes *processes
 	disk      *disk
-	news      chan event     // Events to post
+	news      chan *event    // Events to post; nil is the end
 	start     starter        // of tcpdump; another one in tests
 	alive     sync.WaitGroup // captures whose files are not deleted yet
 	ready     atomic.Bool    // the first list has been applied
@@ -196,7 +192,7 @@ func newNode(cfg config) (*node, error) {
 		return nil, fmt.Errorf("deleting the files of an earlier run: %w", err)
 	}
 	return &node{config: cfg, kube: newKube(cfg.api, cfg.account), processes: ps, disk: newDisk(cfg),
-		news: make(chan event, 1024), start: start}, nil
+		news: make(chan *event, 1024), start: start}, nil
 }
 
 // run captures until ctx ends. Then every capture ends, side by side, and the last Events are posted.
@@ -207,7 +203,7 @@ func (n *node) run(ctx context.Context) {
 	go func() {
 		newPodWatch(n).follow(ctx)
 		n.alive.Wait()
-		n.news <- event{} // the last
+		n.news <- nil
 	}()
 	n.record(recording)
 }
@@ -243,7 +239,7 @@ type pod struct {
 // followed is what follow keeps of an annotated pod.
 type followed struct {
 	pod         // as it was seen last
-	running pod // as its capture was started; zero: none was
+	started pod // as its capture was; zero: none was
 	stop    context.CancelFunc
 }
 
@@ -298,13 +294,14 @@ func (w *podWatch) follow(ctx context.Context) {
 	}
 }
 
-// ask sends a list or a watch; the caller closes the answer.
-func (w *podWatch) ask(ctx context.Context, accept string, query url.Values) (io.ReadCloser, error) {
+// ask sends a list or a watch; the caller closes the answer. Of a pod only the metadata is asked for: it holds the
+// annotations, and spec and status are the larger part.
+func (w *podWatch) ask(ctx context.Context, kind string, query url.Values) (io.ReadCloser, error) {
 	query.Set("fieldSelector", "spec.nodeName="+w.nodeName)
 	if w.version != "" {
 		query.Set("resourceVersion", w.version)
 	}
-	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), accept, nil)
+	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), "application/json;as="+kind+";g=meta.k8s.io;v=v1", nil)
 }
 
 // list applies the node's pods: what the list does not hold is stopped, what it holds goes on. It sets no limit, which
@@ -312,7 +309,7 @@ func (w *podWatch) ask(ctx context.Context, accept string, query url.Values) (io
 func (w *podWatch) list(ctx context.Context) error {
 	asking, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	answer, err := w.ask(asking, metadataList, url.Values{})
+	answer, err := w.ask(asking, "PartialObjectMetadataList", url.Values{})
 	if isStatus(err, http.StatusGone, http.StatusGatewayTimeout) {
 		w.version = ""
 	}
@@ -320,7 +317,7 @@ func (w *podWatch) list(ctx context.Context) error {
 		return err
 	}
 	defer answer.Close()
-	var l podList
+	var l object
 	if err := json.NewDecoder(answer).Decode(&l); err != nil {
 		return err
 	}
@@ -348,7 +345,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
 	defer cancel()
-	answer, err := w.ask(asking, metadata,
+	answer, err := w.ask(asking, "PartialObjectMetadata",
 		url.Values{"watch": {"true"}, "allowWatchBookmarks": {"true"}, "timeoutSeconds": {strconv.Itoa(limit)}})
 	if err != nil {
 		return err
@@ -411,14 +408,14 @@ func (w *podWatch) apply(ctx context.Context, p pod) {
 	}
 	f.pod = p
 	switch refusal := w.refusal(ctx, p); {
-	case refusal != "" && f.running.files == 0:
+	case refusal != "" && f.started.files == 0:
 		w.tell(p, "Warning", "CaptureInvalid", refusal+"; nothing is captured")
 	case refusal != "":
 		w.tell(p, "Warning", "CaptureInvalid", refusal+"; the capture that was asked for before goes on as it was")
-	case p != f.running:
+	case p != f.started:
 		f.stop()
 		ctx, f.stop = context.WithCancel(ctx)
-		f.running = p
+		f.started = p
 		c := &capture{node: w.node, pod: p}
 		w.alive.Go(func() { c.live(ctx) })
 	}
@@ -480,11 +477,11 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 type capture struct {
 	*node
 	pod
-	stem     string    // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
-	opened   bool      // tcpdump has captured into these files
-	counted  string    // what tcpdump counted when it ended last
-	warned   string    // the last Event, if it was a Warning
-	warnedAt time.Time // when that was told
+	stem    string    // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
+	opened  bool      // tcpdump has captured into these files
+	counted string    // what tcpdump counted when it ended last
+	told    string    // what was told last
+	toldAt  time.Time // and when
 }
 
 // Why a tcpdump was ended although its capture goes on.
@@ -526,11 +523,12 @@ func (c *capture) awaitNetwork(ctx context.Context) bool {
 			return true
 		case waited >= goneTime && c.opened && !told:
 			told = true
-			c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod's network is gone, the files stay until the annotation "+
-				"or the pod goes, or the pod has a new network")
+			c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod's network is gone, the files stay until the annotation "+
+				"or the pod goes, or the pod has a new network", "")
 		case waited >= waitingTime && !c.opened && !told:
 			told = true
-			c.warn("CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended", "; the capture starts when it has one")
+			c.tell("Warning", "CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended",
+				"; the capture starts when it has one")
 		case waited >= birthTime: // at whole seconds: then one look serves all
 			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 		}
@@ -547,7 +545,7 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 		}
 		if missing != "" && !told {
 			told = true
-			c.warn("CaptureWaiting", "Waiting for room: "+missing, "; the capture starts by itself when there is enough")
+			c.tell("Warning", "CaptureWaiting", "Waiting for room: "+missing, "; the capture starts by itself when there is enough")
 		}
 		select {
 		case <-freed:
@@ -564,11 +562,11 @@ func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
 	_, hasNetwork := c.processes.find(c.pod)
 	switch {
 	case errors.Is(err, errMoved) && c.opened:
-		c.tell("CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on")
+		c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on", "")
 	case errors.Is(err, errMoved), errors.Is(err, errGone): // awaitNetwork tells if it stays so
-	case hasNetwork:
+	case hasNetwork, errors.Is(err, errFull):
 		wait = retry.next(nil)
-		c.warn("CaptureFailed", err.Error(), fmt.Sprintf("; it is tried again in %v", wait.Round(100*time.Millisecond)))
+		c.tell("Warning", "CaptureFailed", err.Error(), fmt.Sprintf("; it is tried again in %v", wait.Round(100*time.Millisecond)))
 	}
 	return wait
 }
@@ -583,7 +581,7 @@ func (c *capture) clear() {
 		slog.Error("files can't be deleted", "namespace", c.namespace, "pod", c.name, "error", err)
 	}
 	if c.opened {
-		c.tell("CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, size))
+		c.tell("Normal", "CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, size), "")
 	}
 	c.disk.give(c.stem)
 	c.stem, c.opened = "", false
@@ -591,41 +589,27 @@ func (c *capture) clear() {
 
 // tellStarted is called once tcpdump captures.
 func (c *capture) tellStarted(isHost bool, warning string) {
-	what, but := "Capturing into "+fileNames(c.stem, c.files)+", rotated at 1 MB, in "+c.podNamespace+"/"+c.podName, []string{}
-	if c.iface != "" {
-		what += "; the interface is " + c.iface
+	kind, message := "Normal", "Capturing into "+fileNames(c.stem, c.files)+", rotated at 1 MB, in "+c.podNamespace+"/"+c.podName
+	add := func(isSo bool, itsKind, text string) {
+		if isSo {
+			kind, message = itsKind, message+"; "+text
+		}
 	}
-	if c.filter != "" {
-		what += fmt.Sprintf("; the filter is %q", cut(c.filter))
-	}
-	if isHost {
-		but = append(but, "this pod has the host's network, so the files hold the whole node's traffic")
-	}
-	if c.opened {
-		but = append(but, "tcpdump began again at the first file, and the packets in that one are lost")
-	}
-	if warning != "" {
-		but = append(but, "tcpdump says: "+warning)
-	}
-	if c.opened = true; len(but) > 0 {
-		c.warn("CaptureStarted", what+"; "+strings.Join(but, "; "), "")
-		return
-	}
-	c.tell("CaptureStarted", what)
+	add(c.iface != "", "Normal", "the interface is "+c.iface)
+	add(c.filter != "", "Normal", fmt.Sprintf("the filter is %q", cut(c.filter)))
+	add(isHost, "Warning", "this pod has the host's network, so the files hold the whole node's traffic")
+	add(c.opened, "Warning", "tcpdump began again at the first file, and the packets in that one are lost")
+	add(warning != "", "Warning", "tcpdump says: "+warning)
+	c.opened = true
+	c.tell(kind, "CaptureStarted", message, "")
 }
 
-// tell writes a line of the log and an Event of the pod.
-func (c *capture) tell(reason, message string) {
-	c.warned = ""
-	c.node.tell(c.pod, "Normal", reason, message)
-}
-
-// warn tells what a person should see, and now and then again as long as nothing else is told: the last Event is true. Only
-// the end of a message may differ each time.
-func (c *capture) warn(reason, message, end string) {
-	if now := time.Now(); message != c.warned || now.Sub(c.warnedAt) >= repeatTime {
-		c.warned, c.warnedAt = message, now
-		c.node.tell(c.pod, "Warning", reason, message+end)
+// tell writes a line of the log and an Event of the pod, and if that stays the same, again now and then. Only the end of a
+// message may differ each time.
+func (c *capture) tell(kind, reason, message, end string) {
+	if now := time.Now(); message != c.told || now.Sub(c.toldAt) >= repeatTime {
+		c.told, c.toldAt = message, now
+		c.node.tell(c.pod, kind, reason, message+end)
 	}
 }
 
@@ -661,7 +645,11 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 
 // oversee stops a tcpdump that should no longer run. seen is when a process of the pod was seen last.
 func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *child, seen *time.Time) {
-	now, ok := c.processes.find(c.pod)
+	current, ok := s, true
+	// It is as it was if a process is still in it, and tcpdump itself notices the end of eth0.
+	if network, _ := os.Readlink(s.dir + "/ns/net"); network != s.network || s.isHost || c.iface != "" {
+		current, ok = c.processes.find(c.pod)
+	}
 	patience := emptyTime
 	if !ok && !s.isHost && !slices.Contains(interfaces(fmt.Sprintf("%s/%d", c.proc, tcpdump.pid)), podInterface) {
 		patience = lastPackets
@@ -669,7 +657,7 @@ func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *chil
 	switch {
 	case c.disk.isFull():
 		stop(errFull)
-	case ok && now.network != s.network:
+	case ok && current.network != s.network:
 		stop(errMoved)
 	case ok:
 		*seen = time.Now()
@@ -678,7 +666,7 @@ func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *chil
 	}
 }
 
-// awaitEnd is called when tcpdump is told to end, and tells if it does not.
+// awaitEnd is called when tcpdump is told to end, and tells if it does not although exec has sent SIGKILL as well.
 func (c *capture) awaitEnd(tcpdump *child, ended chan struct{}) {
 	select {
 	case <-ended:
@@ -852,7 +840,7 @@ func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
 	if isTaken && other.namespace != p.namespace {
 		stem, isTaken = special, false
 	}
-	if _, isOwn := d.taken[special]; isOwn || isTaken {
+	if _, isOwn := d.taken[special]; isOwn || isTaken { // by an earlier capture, which ends
 		return "", "", d.freed
 	}
 	files := 0
@@ -914,10 +902,8 @@ func findFiles(root, stem string) (paths []string, size int64) {
 	all, _ := filepath.Glob(filepath.Join(root, "capture-*.pcap*"))
 	for _, path := range all {
 		its := strings.TrimRight(path, digits)
-		if its != stem && (stem != "" || !strings.HasSuffix(its, ".pcap")) {
-			continue
-		}
-		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
+		isMeant := its == stem || stem == "" && strings.HasSuffix(its, ".pcap")
+		if info, err := os.Lstat(path); isMeant && err == nil && info.Mode().IsRegular() {
 			paths = append(paths, path)
 			size += info.Size()
 		}
@@ -1109,20 +1095,20 @@ type event struct {
 // tell writes a line of the log and has an Event posted. It never waits.
 func (n *node) tell(p pod, kind, reason, message string) {
 	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
-	slog.Log(context.Background(), level, reason, "namespace", p.namespace, "pod", p.name, "n", p.value, "message", message)
+	slog.Log(context.Background(), level, reason, "namespace", p.namespace, "pod", p.name, "n", cut(p.value), "message", message)
 	select {
-	case n.news <- event{p, kind, reason, message, time.Now()}:
+	case n.news <- &event{p, kind, reason, message, time.Now()}:
 	default:
 		slog.Warn("an Event is lost, too many wait", "namespace", p.namespace, "pod", p.name)
 	}
 }
 
-// record posts Events up to an empty one, or until ctx ends.
+// record posts Events up to the end of them, or until ctx ends.
 func (n *node) record(ctx context.Context) {
 	for ctx.Err() == nil {
 		select {
 		case e := <-n.news:
-			if e.reason == "" {
+			if e == nil {
 				return
 			}
 			n.deliver(ctx, e)
@@ -1133,7 +1119,7 @@ func (n *node) record(ctx context.Context) {
 
 // deliver posts an Event, again and again while the API server is away. One that it refuses is dropped, which is normal
 // (403) in a namespace that is being deleted.
-func (n *node) deliver(ctx context.Context, e event) {
+func (n *node) deliver(ctx context.Context, e *event) {
 	for retry := requestBackoff; ctx.Err() == nil; {
 		err := n.post(ctx, e)
 		if err == nil {
@@ -1147,7 +1133,7 @@ func (n *node) deliver(ctx context.Context, e event) {
 	}
 }
 
-func (n *node) post(ctx context.Context, e event) error {
+func (n *node) post(ctx context.Context, e *event) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	type fields = map[string]any
@@ -1177,12 +1163,9 @@ type (
 			Namespace, Name, UID, ResourceVersion string
 			Annotations                           map[string]string
 		}
-		Code    int // of a Status, the object of ERROR
+		Items   []object // of a list
+		Code    int      // of a Status, the object of ERROR
 		Message string
-	}
-	podList struct {
-		Metadata struct{ ResourceVersion string }
-		Items    []object
 	}
 	watchEvent struct {
 		Type   string
@@ -1231,7 +1214,8 @@ func (k *kube) dial(ctx context.Context, network, address string) (net.Conn, err
 	if roots == nil {
 		return nil, fmt.Errorf("%s/ca.crt holds no certificate", k.account)
 	}
-	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second}, Config: &tls.Config{RootCAs: roots, NextProtos: []string{"h2", "http/1.1"}}}
+	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second},
+		Config: &tls.Config{RootCAs: roots, NextProtos: []string{"h2", "http/1.1"}}}
 	return dialer.DialContext(ctx, network, address)
 }
 
@@ -1315,21 +1299,23 @@ func untilStdinEnds(ctx context.Context) context.Context {
 
 // findStem is the path, without digits, of the files of the capture that is meant by a pod's name, a file or a stem.
 func findStem(root, name string) (string, error) {
-	stems, _ := findFiles(root, "")
-	for i, path := range stems {
-		stems[i] = strings.TrimRight(path, digits)
-	}
-	slices.Sort(stems)
-	var found []string
-	for _, stem := range slices.Compact(stems) {
+	paths, _ := findFiles(root, "")
+	file := strings.TrimRight(filepath.Base(name), digits)
+	var all, found []string
+	for _, path := range paths {
+		stem := strings.TrimRight(path, digits)
+		all = append(all, stem)
 		base := filepath.Base(stem)
-		if base == "capture-"+name+".pcap" || strings.HasPrefix(base, "capture-"+name+"_") || base == strings.TrimRight(filepath.Base(name), digits) {
+		if base == file || base == "capture-"+name+".pcap" || strings.HasPrefix(base, "capture-"+name+"_") {
 			found = append(found, stem)
 		}
 	}
+	slices.Sort(all)
+	slices.Sort(found)
+	all, found = slices.Compact(all), slices.Compact(found)
 	switch len(found) {
 	case 0:
-		return "", fmt.Errorf("%q is not captured here; what is: %s", cut(name), cmp.Or(strings.Join(slices.Compact(stems), " "), "nothing"))
+		return "", fmt.Errorf("%q is not captured here; what is: %s", cut(name), cmp.Or(strings.Join(all, " "), "nothing"))
 	case 1:
 		return found[0], nil
 	}

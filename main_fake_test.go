@@ -399,7 +399,7 @@ func (w *world) pass(d time.Duration) {
 // news are the Events that were told since the last call.
 func (w *world) news() (events []event) {
 	for len(w.node.news) > 0 {
-		events = append(events, <-w.node.news)
+		events = append(events, *<-w.node.news)
 	}
 	return events
 }
