@@ -203,6 +203,7 @@ func (n *node) run(ctx context.Context) {
 	go func() {
 		newPodWatch(n).follow(ctx)
 		n.alive.Wait()
+		time.AfterFunc(time.Second, stop) // an API server that is away is not waited for
 		n.news <- nil
 	}()
 	n.record(recording)
@@ -250,7 +251,7 @@ type podWatch struct {
 	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache
 	retry     backoff
 	complaint string // the last error that was logged: nothing is said twice
-	answered  bool   // a watch was answered since, which was logged
+	unproven  bool   // the last watch was answered 200, and then failed at once
 }
 
 func newPodWatch(n *node) *podWatch {
@@ -287,7 +288,7 @@ func (w *podWatch) follow(ctx context.Context) {
 			cause = network.Err.Error() // without the port, which differs each time
 		}
 		if w.complaint != cause {
-			w.complaint, w.answered = cause, false
+			w.complaint = cause
 			slog.Warn("the pods can't be watched, captures go on", "error", err, "retryIn", wait)
 		}
 		sleep(ctx, wait)
@@ -351,22 +352,31 @@ func (w *podWatch) watch(ctx context.Context) error {
 		return err
 	}
 	defer answer.Close()
-	if w.complaint != "" && !w.answered {
-		w.answered = true
-		slog.Info("the pods are watched again")
+	if !w.unproven { // else another 200 says nothing
+		w.recovered()
 	}
 	began, decoder, proven := time.Now(), json.NewDecoder(answer), false
 	for err == nil {
 		err = w.next(ctx, decoder)
 		// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
 		if err == nil || time.Since(began) >= time.Second {
-			proven, w.retry, w.complaint = true, requestBackoff, ""
+			proven, w.retry = true, requestBackoff
+			w.recovered()
 		}
 	}
+	w.unproven = !proven
 	if proven && err == io.EOF {
 		return nil
 	}
 	return err
+}
+
+// recovered logs that the watch is back, if it was gone.
+func (w *podWatch) recovered() {
+	if w.complaint != "" {
+		w.complaint = ""
+		slog.Info("the pods are watched again")
+	}
 }
 
 // next applies the next event and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
@@ -416,7 +426,7 @@ func (w *podWatch) apply(ctx context.Context, p pod) {
 		f.stop()
 		ctx, f.stop = context.WithCancel(ctx)
 		f.started = p
-		c := &capture{node: w.node, pod: p}
+		c := &capture{node: w.node, pod: p, told: map[string]time.Time{}}
 		w.alive.Go(func() { c.live(ctx) })
 	}
 }
@@ -477,18 +487,18 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 type capture struct {
 	*node
 	pod
-	stem    string    // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
-	opened  bool      // tcpdump has captured into these files
-	counted string    // what tcpdump counted when it ended last
-	told    string    // what was told last
-	toldAt  time.Time // and when
+	stem    string               // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
+	opened  bool                 // tcpdump has captured into these files
+	counted string               // what tcpdump counted when it ended last
+	told    map[string]time.Time // when each message was told last
+	last    string               // the last one of them
 }
 
 // Why a tcpdump was ended although its capture goes on.
 var (
 	errMoved = errors.New("the pod has a new network")
 	errGone  = errors.New("the pod's network is gone")
-	errFull  = errors.New("the disk is full: the capture stops, and the last packets of its files may be cut")
+	errFull  = errors.New("the disk is full")
 )
 
 // live is the life of a capture. It returns when ctx has ended, its tcpdump has exited and its files are deleted.
@@ -604,13 +614,17 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 	c.tell(kind, "CaptureStarted", message, "")
 }
 
-// tell writes a line of the log and an Event of the pod, and if that stays the same, again now and then. Only the end of a
-// message may differ each time.
+// tell writes a line of the log and an Event of the pod. What was told a short time ago is told again only if something else
+// was told since, so that the last Event is true; but not if it fails again within seconds. Only the end of a message may
+// differ each time.
 func (c *capture) tell(kind, reason, message, end string) {
-	if now := time.Now(); message != c.told || now.Sub(c.toldAt) >= repeatTime {
-		c.told, c.toldAt = message, now
-		c.node.tell(c.pod, kind, reason, message+end)
+	now := time.Now()
+	isRepeated := now.Sub(c.told[message]) < repeatTime
+	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Sub(c.told[c.last]) < goneTime) {
+		return
 	}
+	c.told[message], c.last = now, message
+	c.node.tell(c.pod, kind, reason, message+end)
 }
 
 // ---- tcpdump: one run of it ----
@@ -656,7 +670,7 @@ func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *chil
 	}
 	switch {
 	case c.disk.isFull():
-		stop(errFull)
+		stop(fmt.Errorf("%w: the capture stops, and the last packets of its files may be cut", errFull))
 	case ok && current.network != s.network:
 		stop(errMoved)
 	case ok:
@@ -850,7 +864,7 @@ func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
 	_, written := findFiles(d.root, "")
 	unwritten := int64(files)*fileBytes - written // what they may still take
 	free, total := space(d.root)
-	free -= total/100*d.diskFree + unwritten + fileBytes // see isFull
+	free -= total/100*d.diskFree + unwritten + fileBytes // or isFull would stop captures that have filled theirs
 	switch size := int64(p.files) * fileBytes; {
 	case files+p.files > d.limit:
 		missing = fmt.Sprintf("N=%d is asked for, and %d of the %d files that this node may have are taken", p.files, files, d.limit)
@@ -902,8 +916,10 @@ func findFiles(root, stem string) (paths []string, size int64) {
 	all, _ := filepath.Glob(filepath.Join(root, "capture-*.pcap*"))
 	for _, path := range all {
 		its := strings.TrimRight(path, digits)
-		isMeant := its == stem || stem == "" && strings.HasSuffix(its, ".pcap")
-		if info, err := os.Lstat(path); isMeant && err == nil && info.Mode().IsRegular() {
+		if isMeant := its == stem || stem == "" && strings.HasSuffix(its, ".pcap"); !isMeant {
+			continue
+		}
+		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
 			paths = append(paths, path)
 			size += info.Size()
 		}
@@ -1277,9 +1293,9 @@ func command(ctx context.Context, arguments []string, root string, stdout, stder
 		return err
 	}
 	j := &joiner{stdout: stdout, stderr: stderr}
-	err = j.join(ctx, stem, follow)
+	j.join(ctx, stem, follow)
 	fmt.Fprintf(stderr, "%d packets, %d bytes\n", j.packets, j.bytes)
-	return err
+	return j.err
 }
 
 // untilStdinEnds is how cat -f notices that its `kubectl exec -i` has gone: of stdout the runtime does not tell it, and a
@@ -1331,6 +1347,7 @@ type joiner struct {
 	first          uint64 // the time of its first packet
 	offset         int64  // how far it has been read
 	packets, bytes int
+	err            error // that ended it
 }
 
 const (
@@ -1339,70 +1356,67 @@ const (
 )
 
 // join writes what the files hold, and with follow what comes, until they are deleted: that is how a capture ends.
-func (j *joiner) join(ctx context.Context, stem string, follow bool) error {
-	for {
-		paths, _ := findFiles(filepath.Dir(stem), stem)
-		newer, err := j.newer(paths)
-		if err == nil && len(paths) > 0 {
-			err = j.read() // to its end, if there are newer ones
+func (j *joiner) join(ctx context.Context, stem string, follow bool) {
+	for paths := []string{stem}; len(paths) > 0 && j.err == nil && ctx.Err() == nil; {
+		paths, _ = findFiles(filepath.Dir(stem), stem)
+		newer := j.newer(paths)
+		if len(paths) > 0 {
+			j.read() // to its end, if there are newer ones
 		}
-		for order := slices.Sorted(maps.Keys(newer)); err == nil && ctx.Err() == nil && len(order) > 0; order = order[1:] {
+		for order := slices.Sorted(maps.Keys(newer)); len(order) > 0 && ctx.Err() == nil; order = order[1:] {
 			j.path, j.first, j.offset = newer[order[0]], order[0], pcapHeader
-			err = j.read()
+			j.read()
 		}
-		if err != nil || !follow || len(paths) == 0 || ctx.Err() != nil {
-			return err
+		if !follow {
+			return
 		}
 		sleep(ctx, time.Duration(50+len(paths))*time.Millisecond) // a look at a file takes some 20 µs
 	}
 }
 
 // newer are the files that come after the one that is read, by the time of their first packet.
-func (j *joiner) newer(paths []string) (map[uint64]string, error) {
+func (j *joiner) newer(paths []string) map[uint64]string {
 	newer := map[uint64]string{}
 	for _, path := range paths {
-		first, err := j.look(path)
-		if err != nil {
-			return nil, err
-		}
-		if first > j.first {
+		if first := j.look(path); first > j.first {
 			newer[first] = path
 		}
 	}
-	return newer, nil
+	return newer
 }
 
 // look returns the time of a file's first packet, the seconds in the upper half, and 0 while it has none. The first header
 // is written.
-func (j *joiner) look(path string) (first uint64, err error) {
+func (j *joiner) look(path string) uint64 {
 	head := readAt(path, 0, pcapHeader+packetHeader)
 	switch {
 	case len(head) < pcapHeader:
-		return 0, nil
+		return 0
 	case j.header == nil:
 		j.header = head[:pcapHeader]
-		err = j.write(j.header)
+		j.write(j.header)
 	case !bytes.Equal(head[:pcapHeader], j.header):
-		err = fmt.Errorf("%s is not of the same capture: its header differs", path)
+		j.err = fmt.Errorf("%s is not of the same capture: its header differs", path)
+		return 0
 	}
-	if len(head) == pcapHeader+packetHeader {
-		first = uint64(binary.NativeEndian.Uint32(head[24:]))<<32 | uint64(binary.NativeEndian.Uint32(head[28:]))
+	if len(head) < pcapHeader+packetHeader {
+		return 0
 	}
-	return first, err
+	return uint64(binary.NativeEndian.Uint32(head[24:]))<<32 | uint64(binary.NativeEndian.Uint32(head[28:]))
 }
 
 // read writes the whole packets of the file that are new, unless it has become another one meanwhile.
-func (j *joiner) read() error {
-	if j.path == "" {
-		return nil
+func (j *joiner) read() {
+	if j.path == "" || j.err != nil {
+		return
 	}
 	data := readAt(j.path, j.offset, math.MaxInt32)
-	if first, _ := j.look(j.path); first != j.first {
-		if _, err := os.Stat(j.path); err == nil || j.offset == pcapHeader { // else the capture has ended
+	if j.look(j.path) != j.first {
+		if _, err := os.Stat(j.path); err == nil || len(data) > 0 || j.offset == pcapHeader { // else the capture has ended
 			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.path)
 		}
 		j.path = ""
-		return nil
+		return
 	}
 	end := 0
 	for len(data)-end >= packetHeader {
@@ -1414,13 +1428,13 @@ func (j *joiner) read() error {
 		j.packets++
 	}
 	j.offset += int64(end)
-	return j.write(data[:end])
+	j.write(data[:end])
 }
 
-func (j *joiner) write(data []byte) error {
+func (j *joiner) write(data []byte) {
 	n, err := j.stdout.Write(data)
 	j.bytes += n
-	return err
+	j.err = cmp.Or(j.err, err)
 }
 
 // readAt reads a part of a file, and less at its end. It is closed at once: a deleted file that is open takes room.

@@ -28,11 +28,14 @@ import (
 
 const annotation = "tcpdump.antrea.io"
 
-// patience is the longest that anything may take to be right. SLOW multiplies it, for a slow node.
-var patience = func() time.Duration {
-	slow, _ := strconv.Atoi(os.Getenv("SLOW"))
-	return 90 * time.Second * time.Duration(max(slow, 1))
+// slow is SLOW, of a slow node.
+var slow = func() time.Duration {
+	n, _ := strconv.Atoi(os.Getenv("SLOW"))
+	return time.Duration(max(n, 1))
 }()
+
+// patience is the longest that anything may take to be right.
+var patience = 90 * time.Second * slow
 
 // cluster is the cluster under test. Each step has its own copy, with its own T.
 type cluster struct {
@@ -58,7 +61,7 @@ func newCluster(t *testing.T) *cluster {
 	c.namespace = fmt.Sprintf("e2e-%d", os.Getpid())
 	c.shell = c.onNode
 	c.kubectl("create", "namespace", c.namespace)
-	t.Cleanup(func() { c.try("delete", "namespace", c.namespace, "--timeout=3m") })
+	t.Cleanup(func() { c.try("delete", "namespace", c.namespace, "--timeout=3m", fmt.Sprint("--wait=", slow == 1)) })
 	return c
 }
 
@@ -123,7 +126,7 @@ func (c *cluster) until(wrong func() string) time.Duration {
 		if time.Since(began) > patience {
 			c.Fatalf("not right after %v: %s", patience, what)
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond * slow * slow) // a look is work for the node, which has other things to do
 	}
 	return time.Since(began)
 }
