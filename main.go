@@ -1294,7 +1294,11 @@ func command(ctx context.Context, arguments []string, root string, stdout, stder
 	}
 	j := &joiner{stdout: stdout, stderr: stderr}
 	j.join(ctx, stem, follow)
-	fmt.Fprintf(stderr, "%d packets, %d bytes\n", j.packets, j.bytes)
+	noun := "packets"
+	if j.packets == 1 {
+		noun = "packet"
+	}
+	fmt.Fprintf(stderr, "%d %s, %d bytes\n", j.packets, noun, j.bytes)
 	return j.err
 }
 
