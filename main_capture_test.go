@@ -386,7 +386,8 @@ func TestNoProcess(t *testing.T) {
 				{run(51), 10 * time.Second, "web:3", ""},
 				{endOf(51), 5 * time.Minute, "web:3", ""},
 				{run(52), 10 * time.Second, "web:3", ""},
-				{endOf(52), 6 * time.Minute, "web:3", ""}, // now it is told to end, which takes a second
+				// The host has the first one's PID then. After 6 minutes tcpdump is told to end, which takes a second.
+				{do(endOf(52), joins(fakeProcess{50, "0::/system.slice/cron.service\n", host, host, 900})), 6 * time.Minute, "web:3", ""},
 				{see(web.of(value)), 10 * time.Second, children, end},
 			}
 		}
