@@ -469,7 +469,7 @@ func TestDeadlines(t *testing.T) {
 		watches := w.api.asked("watch")
 		for i, gap := range gaps(watches) {
 			limit, _ := time.ParseDuration(watches[i].query.Get("timeoutSeconds") + "s")
-			if limit += 30 * time.Second; gap < limit || gap > limit+7*time.Second {
+			if limit += 30 * time.Second; gap < limit || gap > limit+longestWait {
 				w.Errorf("a watch with a deadline of %v was given up after %v", limit, gap)
 			}
 		}
