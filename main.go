@@ -191,20 +191,21 @@ func newNode(cfg config) (*node, error) {
 	if _, err := removeFiles(cfg.root, ""); err != nil {
 		return nil, fmt.Errorf("deleting the files of an earlier run: %w", err)
 	}
-	return &node{config: cfg, kube: newKube(cfg.api, cfg.account), processes: ps, disk: newDisk(cfg),
-		news: make(chan *event, 1024), start: start}, nil
+	limit := min(cfg.diskLimit/fileBytes, math.MaxInt32) // tcpdump reads -W with atoi into an int
+	return &node{config: cfg, kube: newKube(cfg.api, cfg.account), processes: ps, news: make(chan *event, 1024), start: start,
+		disk: &disk{config: cfg, limit: int(limit), taken: map[string]pod{}, freed: make(chan struct{})}}, nil
 }
 
 // run captures until ctx ends. Then every capture ends, side by side, and the last Events are posted.
 func (n *node) run(ctx context.Context) {
 	recording, stop := context.WithCancel(context.Background())
-	defer stop()
 	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, stop) }) // whatever a tcpdump or the API server does
+	context.AfterFunc(recording, func() { n.news <- nil })
 	go func() {
 		newPodWatch(n).follow(ctx)
 		n.alive.Wait()
-		time.AfterFunc(time.Second, stop) // an API server that is away is not waited for
 		n.news <- nil
+		time.AfterFunc(time.Second, stop) // an API server that is away is not waited for
 	}()
 	n.record(recording)
 }
@@ -381,7 +382,10 @@ func (w *podWatch) recovered() {
 
 // next applies the next event and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
 func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
-	var e watchEvent // a new one each time: decoding leaves alone what an event does not name
+	var e struct { // a new one each time: decoding leaves alone what an event does not name
+		Type   string
+		Object object
+	}
 	if err := decoder.Decode(&e); err != nil {
 		return err
 	}
@@ -837,11 +841,6 @@ type disk struct {
 	freed chan struct{}  // closed when one is given back; then there is a new one
 }
 
-func newDisk(cfg config) *disk {
-	limit := min(cfg.diskLimit/fileBytes, math.MaxInt32) // tcpdump reads -W with atoi into an int
-	return &disk{config: cfg, limit: int(limit), taken: map[string]pod{}, freed: make(chan struct{})}
-}
-
 // take gives a capture a name and room for its files. It returns the stem; or none, and what is missing, which is "" while
 // an earlier capture of the pod, or of one of the same name, has the name. A pod whose name a pod of another namespace has
 // gets its UID behind a "_", which is in no pod name. freed is closed when it is worth another try.
@@ -1119,33 +1118,17 @@ func (n *node) tell(p pod, kind, reason, message string) {
 	}
 }
 
-// record posts Events up to the end of them, or until ctx ends.
+// record posts Events up to the end of them, each again and again while the API server is away, until ctx ends. One that
+// is refused is dropped, which is normal (403) in a namespace that is being deleted.
 func (n *node) record(ctx context.Context) {
-	for ctx.Err() == nil {
-		select {
-		case e := <-n.news:
-			if e == nil {
-				return
-			}
-			n.deliver(ctx, e)
-		case <-ctx.Done():
-		}
-	}
-}
-
-// deliver posts an Event, again and again while the API server is away. One that it refuses is dropped, which is normal
-// (403) in a namespace that is being deleted.
-func (n *node) deliver(ctx context.Context, e *event) {
-	for retry := requestBackoff; ctx.Err() == nil; {
+	for e := <-n.news; e != nil; e = <-n.news {
 		err := n.post(ctx, e)
-		if err == nil {
-			return
+		for retry := requestBackoff; err != nil && !isRefusal(err) && ctx.Err() == nil; err = n.post(ctx, e) {
+			sleep(ctx, retry.next(err))
 		}
-		if status := new(statusError); errors.As(err, &status) && !isStatus(err, 401, 429, 502, 503, 504) {
-			slog.Warn("an Event is refused", "namespace", e.namespace, "pod", e.name, "error", err)
-			return
+		if err != nil {
+			slog.Warn("an Event is not posted", "namespace", e.namespace, "pod", e.name, "error", err)
 		}
-		sleep(ctx, retry.next(err))
 	}
 }
 
@@ -1172,22 +1155,16 @@ func (n *node) post(ctx context.Context, e *event) error {
 
 // ---- The API server ----
 
-// The parts of the API's types that are read.
-type (
-	object struct {
-		Metadata struct {
-			Namespace, Name, UID, ResourceVersion string
-			Annotations                           map[string]string
-		}
-		Items   []object // of a list
-		Code    int      // of a Status, the object of ERROR
-		Message string
+// object is what is read of the API's types.
+type object struct {
+	Metadata struct {
+		Namespace, Name, UID, ResourceVersion string
+		Annotations                           map[string]string
 	}
-	watchEvent struct {
-		Type   string
-		Object object
-	}
-)
+	Items   []object // of a list
+	Code    int      // of a Status, the object of ERROR
+	Message string
+}
 
 func (o *object) pod() pod {
 	m := &o.Metadata
@@ -1279,6 +1256,11 @@ func isStatus(err error, codes ...int) bool {
 	return errors.As(err, &status) && slices.Contains(codes, status.Code)
 }
 
+// isRefusal reports whether the API server has said no for good.
+func isRefusal(err error) bool {
+	return errors.As(err, new(*statusError)) && !isStatus(err, 401, 429, 502, 503, 504)
+}
+
 // ---- cat: the files of a capture as one pcap ----
 
 // command runs `packetcapture cat`, in the pod whose files it reads.
@@ -1364,9 +1346,7 @@ func (j *joiner) join(ctx context.Context, stem string, follow bool) {
 	for paths := []string{stem}; len(paths) > 0 && j.err == nil && ctx.Err() == nil; {
 		paths, _ = findFiles(filepath.Dir(stem), stem)
 		newer := j.newer(paths)
-		if len(paths) > 0 {
-			j.read() // to its end, if there are newer ones
-		}
+		j.read() // to its end, if there are newer ones
 		for order := slices.Sorted(maps.Keys(newer)); len(order) > 0 && ctx.Err() == nil; order = order[1:] {
 			j.path, j.first, j.offset = newer[order[0]], order[0], pcapHeader
 			j.read()
@@ -1398,7 +1378,7 @@ func (j *joiner) look(path string) uint64 {
 		return 0
 	case j.header == nil:
 		j.header = head[:pcapHeader]
-		j.write(j.header)
+		j.bytes, j.err = j.stdout.Write(j.header)
 	case !bytes.Equal(head[:pcapHeader], j.header):
 		j.err = fmt.Errorf("%s is not of the same capture: its header differs", path)
 		return 0
@@ -1431,14 +1411,8 @@ func (j *joiner) read() {
 		end += size
 		j.packets++
 	}
-	j.offset += int64(end)
-	j.write(data[:end])
-}
-
-func (j *joiner) write(data []byte) {
-	n, err := j.stdout.Write(data)
-	j.bytes += n
-	j.err = cmp.Or(j.err, err)
+	n, err := j.stdout.Write(data[:end])
+	j.offset, j.bytes, j.err = j.offset+int64(end), j.bytes+n, err
 }
 
 // readAt reads a part of a file, and less at its end. It is closed at once: a deleted file that is open takes room.

@@ -29,7 +29,7 @@ func FuzzAnnotations(f *testing.F) {
 		"net1.100", "-i", "a/b", "interface-of-15", "interface-of-16c"} {
 		f.Add(text)
 	}
-	w := newPodWatch(&node{disk: newDisk(config{diskLimit: 100 * fileBytes}), processes: newProcessesOf(f, newProc(f)), start: noTcpdump})
+	w := newPodWatch(&node{disk: &disk{limit: 100}, processes: newProcessesOf(f, newProc(f)), start: noTcpdump})
 	number, name := regexp.MustCompile(`^([1-9][0-9]?|100)$`), regexp.MustCompile(`^[\w.][\w.-]{0,14}$`)
 	isControl := func(r rune) bool { return !unicode.IsPrint(r) }
 	f.Fuzz(func(t *testing.T, text string) {

@@ -779,7 +779,7 @@ func TestEventIsTriedAgain(t *testing.T) { // C7: while the server is away, and 
 		w.annotate("web", "y")
 		synctest.Wait()
 		w.equal("taken", len(w.api.posted()), taken+1)
-		w.logged("an Event is refused", 1-taken)
+		w.logged("an Event is not posted", 1-taken)
 	})
 }
 
