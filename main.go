@@ -84,7 +84,7 @@ const (
 	lastPackets = 3 * time.Second         // how long tcpdump goes on without the pod's eth0: it reads its ring every second
 	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
 	exitGrace   = 4500 * time.Millisecond // for the captures and the last Events, when the program is told to end, of 5 s in all
-	repeatTime  = 5 * time.Minute         // in which a Warning that stays the same is told once
+	repeatTime  = 5 * time.Minute         // in which a Warning that stays the same is not repeated
 )
 
 var (
@@ -199,13 +199,12 @@ func newNode(cfg config) (*node, error) {
 // run captures until ctx ends. Then every capture ends, side by side, and the last Events are posted.
 func (n *node) run(ctx context.Context) {
 	recording, stop := context.WithCancel(context.Background())
-	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, stop) }) // whatever a tcpdump or the API server does
-	context.AfterFunc(recording, func() { n.news <- nil })
+	end := func() { stop(); n.news <- nil } // whatever a tcpdump or the API server does
+	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, end) })
 	go func() {
 		newPodWatch(n).follow(ctx)
 		n.alive.Wait()
 		n.news <- nil
-		time.AfterFunc(time.Second, stop) // an API server that is away is not waited for
 	}()
 	n.record(recording)
 }
@@ -214,7 +213,7 @@ func (n *node) health() *http.Server {
 	return &http.Server{Handler: n, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
 }
 
-// ServeHTTP answers /healthz and /readyz. The API server matters for neither.
+// ServeHTTP answers /healthz and /readyz. Once the first list is applied, the API server matters for neither.
 func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	since := n.applying.Load()
 	switch {
@@ -252,7 +251,7 @@ type podWatch struct {
 	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache
 	retry     backoff
 	complaint string // the last error that was logged: nothing is said twice
-	unproven  bool   // the last watch was answered 200, and then failed at once
+	unproven  bool   // the last watch was answered 200, and then failed at once: another 200 does not mean that all is well
 }
 
 func newPodWatch(n *node) *podWatch {
@@ -353,7 +352,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 		return err
 	}
 	defer answer.Close()
-	if !w.unproven { // else another 200 says nothing
+	if !w.unproven {
 		w.recovered()
 	}
 	began, decoder, proven := time.Now(), json.NewDecoder(answer), false
@@ -474,13 +473,13 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	link, said := "EN10MB", &report{listening: func() {}}
+	link, output := "EN10MB", &report{listening: func() {}}
 	if s, _ := w.processes.find(p); p.iface == "any" || p.iface == "" && s.isHost {
 		link = "LINUX_SLL2"
 	}
 	tcpdump, err := w.start(ctx, nil, "tcpdump", "-y", link, "-d", "--", p.filter)
-	if err == nil && said.read(tcpdump, func() {}) != nil {
-		return said.complaint
+	if err == nil && output.read(tcpdump, func() {}) != nil {
+		return output.complaint
 	}
 	return ""
 }
@@ -543,7 +542,7 @@ func (c *capture) awaitNetwork(ctx context.Context) bool {
 			told = true
 			c.tell("Warning", "CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended",
 				"; the capture starts when it has one")
-		case waited >= birthTime: // at whole seconds: then one look serves all
+		case waited >= birthTime: // at whole seconds: all that wait look together then, and share one look at /proc
 			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 		}
 	}
@@ -578,7 +577,7 @@ func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
 	case errors.Is(err, errMoved) && c.opened:
 		c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on", "")
 	case errors.Is(err, errMoved), errors.Is(err, errGone): // awaitNetwork tells if it stays so
-	case hasNetwork, errors.Is(err, errFull):
+	case hasNetwork, errors.Is(err, errFull): // else the pod has just ended, which is why tcpdump has
 		wait = retry.next(nil)
 		c.tell("Warning", "CaptureFailed", err.Error(), fmt.Sprintf("; it is tried again in %v", wait.Round(100*time.Millisecond)))
 	}
@@ -618,9 +617,9 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 	c.tell(kind, "CaptureStarted", message, "")
 }
 
-// tell writes a line of the log and an Event of the pod. What was told a short time ago is told again only if something else
-// was told since, so that the last Event is true; but not if it fails again within seconds. Only the end of a message may
-// differ each time.
+// tell writes a line of the log and an Event of the pod. What was told within repeatTime is told again only if something else
+// was told since, so that the last Event is true. A tcpdump that fails at once, again and again, is no reason: a Warning is
+// told again only some seconds after what was told last. Only the end of a message may differ each time.
 func (c *capture) tell(kind, reason, message, end string) {
 	now := time.Now()
 	isRepeated := now.Sub(c.told[message]) < repeatTime
@@ -641,30 +640,37 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ended := make(chan struct{})
-	defer close(ended)
-	context.AfterFunc(running, func() { c.awaitEnd(tcpdump, ended) })
-	said, seen := &report{}, time.Now()
-	listens := false
-	said.listening = func() {
+	output, listens, since := &report{}, false, ""
+	if c.opened {
+		since = ", since tcpdump began again"
+	}
+	output.listening = func() {
 		if listens = true; ctx.Err() == nil {
-			c.tellStarted(s.isHost, said.warning)
+			c.tellStarted(s.isHost, output.warning)
 		}
 	}
-	err = said.read(tcpdump, func() { c.oversee(stop, s, tcpdump, &seen) })
-	if listens {
-		c.counted = cmp.Or(strings.Join(said.counts, ", "), "an unknown number of packets captured") // if it was killed
+	seen, ticks := time.Now(), 0 // ticks since it was told to end
+	err = output.read(tcpdump, func() {
+		if running.Err() == nil {
+			c.oversee(stop, s, tcpdump, &seen)
+		} else if ticks++; ticks == 4 { // seconds, of which it had termGrace
+			c.node.tell(c.pod, "Warning", "CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL were "+
+				"sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, cmp.Or(tcpdump.kill(), errors.New("no error"))))
+		}
+	})
+	if listens { // one that was killed has counted nothing
+		c.counted = cmp.Or(strings.Join(output.counts, ", "), "an unknown number of packets captured") + since
 	}
 	if running.Err() != nil {
 		return context.Cause(running)
 	}
-	return fmt.Errorf("tcpdump ended by itself (%s)", said.lastWords(err))
+	return fmt.Errorf("tcpdump ended by itself (%s)", output.lastWords(err))
 }
 
 // oversee stops a tcpdump that should no longer run. seen is when a process of the pod was seen last.
 func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *child, seen *time.Time) {
 	current, ok := s, true
-	// It is as it was if a process is still in it, and tcpdump itself notices the end of eth0.
+	// Nothing has changed while that process is in that network, and tcpdump itself notices the end of eth0.
 	if network, _ := os.Readlink(s.dir + "/ns/net"); network != s.network || s.isHost || c.iface != "" {
 		current, ok = c.processes.find(c.pod)
 	}
@@ -681,17 +687,6 @@ func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *chil
 		*seen = time.Now()
 	case time.Since(*seen) >= patience:
 		stop(errGone)
-	}
-}
-
-// awaitEnd is called when tcpdump is told to end, and tells if it does not although exec has sent SIGKILL as well.
-func (c *capture) awaitEnd(tcpdump *child, ended chan struct{}) {
-	select {
-	case <-ended:
-	case <-time.After(termGrace + time.Second):
-		err := tcpdump.kill()
-		c.node.tell(c.pod, "Warning", "CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL "+
-			"were sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, cmp.Or(err, errors.New("no error"))))
 	}
 }
 
@@ -736,8 +731,8 @@ func (c *capture) arguments(device string) []string {
 		"-p", // not promiscuous: the pod's own packets
 		"-i", device,
 		// KiB of the kernel's ring. Of packets of 200 bytes at 50,000 and 150,000 a second, the default of 2 MiB lost none
-		// and up to 2 %, with 4 to 64 MiB none. Never --immediate-mode, without the up to a second that packets stay in
-		// the ring: it lost 27 % and 35 %, with 16 MiB 1 % and 9 %.
+		// and up to 2 %, with 4 to 64 MiB none. Never --immediate-mode: packets are in the file up to a second earlier, but
+		// it lost 27 % and 35 %, with 16 MiB 1 % and 9 %.
 		"-B", "4096",
 	}
 	if c.filter != "" {
@@ -784,8 +779,8 @@ type report struct {
 	rest      string   // a line that has not ended yet
 }
 
-// read takes what a program says until it ends, and returns how. After each second of silence it calls tick. To wait like
-// this takes no thread, as waiting for a process does.
+// read takes what a program says until it ends, and returns how. After each second of silence it calls tick. Unlike
+// waiting for a process, this blocks no thread.
 func (r *report) read(program *child, tick func()) error {
 	for text := make([]byte, 512); ; {
 		program.stderr.SetReadDeadline(time.Now().Add(time.Second))
@@ -863,7 +858,7 @@ func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
 	_, written := findFiles(d.root, "")
 	unwritten := int64(files)*fileBytes - written // what they may still take
 	free, total := space(d.root)
-	free -= total/100*d.diskFree + unwritten + fileBytes // or isFull would stop captures that have filled theirs
+	free -= total/100*d.diskFree + unwritten + fileBytes // one is spare, or isFull would stop captures that have filled theirs
 	switch size := int64(p.files) * fileBytes; {
 	case files+p.files > d.limit:
 		missing = fmt.Sprintf("N=%d is asked for, and %d of the %d files that this node may have are taken", p.files, files, d.limit)
@@ -977,6 +972,7 @@ func (ps *processes) find(p pod) (sandbox, bool) {
 	s, ok := ps.oldest(p)
 	if now := time.Now(); !ok && now.Sub(ps.looked) >= birthPoll {
 		ps.look(now)
+		ps.looked = time.Now() // its end: it takes longer on a large node
 		s, ok = ps.oldest(p)
 	}
 	return s, ok
@@ -996,7 +992,7 @@ func (ps *processes) open(s sandbox, p pod) (*os.File, error) {
 	return file, nil
 }
 
-// oldest is the network of the pod's oldest process that has the pod's. Containers start after that process, and may
+// oldest is the network of the pod's oldest process, of those that have the pod's network. Containers start after that process, and may
 // have networks of their own within. The lock is held.
 func (ps *processes) oldest(p pod) (s sandbox, ok bool) {
 	if p.namespace == ps.podNamespace && p.name == ps.podName { // on cgroup v2 the path of its own cgroup is cut, and names no pod
@@ -1038,7 +1034,6 @@ func (ps *processes) networkOf(dir string, p pod) (sandbox, bool) {
 // so its cgroup is read again for two seconds, until it is a pod's. All are forgotten now and then: PIDs become others'.
 // The lock is held.
 func (ps *processes) look(now time.Time) {
-	ps.looked = now
 	if now.Sub(ps.forgot) >= 10*time.Second {
 		clear(ps.known)
 		ps.forgot = now

@@ -268,7 +268,7 @@ func TestTcpdump(t *testing.T) {
 
 	web.finish()
 	web.isDestroyed()
-	n.told(stopped + ": 20 packets captured, 0 dropped by the kernel; the pod's network is gone, the files stay")
+	n.told(stopped + ": 20 packets captured, 0 dropped by the kernel, since tcpdump began again; the pod's network is gone, the files stay")
 	n.holds(webFile, 1, 20, "again")
 	n.forget(uidA)
 	n.told(stopped + ": deleted")

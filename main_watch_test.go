@@ -835,7 +835,7 @@ func TestRepeatedWarnings(t *testing.T) {
 	})
 }
 
-// C5 and C7: what was told before the end of the program is posted within a second more, and never holds up its end.
+// C5 and C7: what was told before the end of the program is posted, and never holds up its end for longer than may be.
 func TestLastEvents(t *testing.T) {
 	type test struct {
 		frozen time.Duration // after the end
@@ -843,7 +843,7 @@ func TestLastEvents(t *testing.T) {
 	}
 	each(t, map[string]test{
 		"at once":                       {0, 2},
-		"while the server thinks":       {900 * time.Millisecond, 2},
+		"while the server thinks":       {4 * time.Second, 2},
 		"while the server answers none": {time.Hour, 0},
 	}, func(w *watcher, test test) {
 		w.annotate("web", "5")
@@ -859,7 +859,7 @@ func TestLastEvents(t *testing.T) {
 		time.AfterFunc(test.frozen, w.api.thaw)
 		w.end()
 		w.program.Wait()
-		if took := time.Since(began); took > time.Second {
+		if took := time.Since(began); took > min(test.frozen, exitGrace) {
 			w.Errorf("the program took %v to end", took)
 		}
 		posted := w.api.posted()[before:]

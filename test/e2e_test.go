@@ -6,6 +6,7 @@
 package test
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -13,6 +14,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,11 +47,11 @@ type cluster struct {
 	namespace            string // the test's own
 	births               int    // pods that are created with the annotation
 	table                *[][]string
-	shell                func(script string) (string, error) // runs bash where the node's processes are seen
+	bash                 *bash // on the node
 }
 
 func newCluster(t *testing.T) *cluster {
-	c := &cluster{T: t, name: os.Getenv("CLUSTER"), image: os.Getenv("IMAGE"), table: &[][]string{}, births: 20}
+	c := &cluster{T: t, name: os.Getenv("CLUSTER"), image: os.Getenv("IMAGE"), table: &[][]string{}, births: 20, bash: new(bash)}
 	if c.name == "" || c.image == "" {
 		t.Fatal("CLUSTER and IMAGE must name the cluster and the image: use make e2e, make node or make measure")
 	}
@@ -59,8 +61,8 @@ func newCluster(t *testing.T) *cluster {
 	}
 	c.node = cmp.Or(os.Getenv("NODE"), c.name+"-worker")
 	c.namespace = fmt.Sprintf("e2e-%d", os.Getpid())
-	c.shell = c.onNode
 	c.kubectl("create", "namespace", c.namespace)
+	t.Cleanup(c.bash.end)
 	t.Cleanup(func() { c.try("delete", "namespace", c.namespace, "--timeout=3m", fmt.Sprint("--wait=", slow == 1)) })
 	return c
 }
@@ -104,18 +106,50 @@ func (c *cluster) must(err error) {
 	}
 }
 
-// onNode runs a script on the node itself, as NODE_SH does it, by default for a node of kind.
-func (c *cluster) onNode(script string) (string, error) {
-	sh := cmp.Or(os.Getenv("NODE_SH"), "docker exec "+c.node+" bash -c")
-	cmd := exec.Command("bash", "-c", sh+` "$1"`, "bash", script)
-	cmd.Dir = ".." // the folder of the Makefile
-	out, err := cmd.Output()
-	return strings.TrimSpace(string(out)), err
+// bash is one on the node, in which all scripts run: it takes seconds to begin one on a slow node.
+type bash struct {
+	*exec.Cmd // nil before the first script, and after the node was away
+	in        io.WriteCloser
+	out       *bufio.Reader
 }
 
-// inPod runs a script in the capture pod, which sees the node's processes as well.
-func (c *cluster) inPod(script string) (string, error) {
-	return c.try("-n", "kube-system", "exec", c.capturePod(), "--", "bash", "-c", script)
+func (b *bash) end() {
+	if b.Cmd != nil {
+		b.in.Close()
+		b.Wait()
+		b.Cmd = nil
+	}
+}
+
+// onNode runs a script on the node itself, as NODE_SH does it, by default for a node of kind.
+func (c *cluster) onNode(script string) (string, error) {
+	b := c.bash
+	if b.Cmd == nil {
+		b.Cmd = exec.Command("bash", "-c", cmp.Or(os.Getenv("NODE_SH"), "docker exec -i "+c.node)+" bash")
+		b.Dir = ".." // the folder of the Makefile
+		in, err := b.StdinPipe()
+		c.must(err)
+		out, err := b.StdoutPipe()
+		c.must(err)
+		c.must(b.Start())
+		b.in, b.out = in, bufio.NewReader(out)
+	}
+	fmt.Fprintf(b.in, "( %s\n) </dev/null 2>&1; echo -e \"\\nended: $?\"\n", script)
+	text := new(strings.Builder)
+	for {
+		line, err := b.out.ReadString('\n')
+		status, isEnd := strings.CutPrefix(line, "ended: ")
+		switch {
+		case err != nil:
+			b.end()
+			return "", fmt.Errorf("the node does not answer: %w", err)
+		case isEnd && status != "0\n":
+			return "", fmt.Errorf("on the node: exit status %s%s", status, text)
+		case isEnd:
+			return strings.TrimSpace(text.String()), nil
+		}
+		text.WriteString(line)
+	}
 }
 
 // until polls until nothing is wrong any more, and returns how long that took.
@@ -256,7 +290,7 @@ var (
 // look reaches the program's files through /proc: its root is no file system of the node.
 func (c *cluster) look() (n census, err error) {
 	n.tcpdumps = map[string]string{}
-	out, err := c.shell(`for p in /proc/[0-9]*; do
+	out, err := c.onNode(`for p in /proc/[0-9]*; do
 			read -r comm <$p/comm || continue
 			case $comm in tcpdump|nsenter|packetcapture) echo "${p#/proc/} $(tr '\0' ' ' <$p/cmdline)" ;; esac
 			[[ $comm != packetcapture ]] || ls $p/root/ | sed -n 's/^capture-/file capture-/p'
@@ -430,10 +464,10 @@ func TestE2E(t *testing.T) {
 	}
 }
 
-// TestNode is what matters on a node of another kind (NODE), which only kubectl and NODE_SH may reach.
+// TestNode is what matters on a node of another kind (NODE), whose root NODE_SH runs commands as.
 func TestNode(t *testing.T) {
 	c := newCluster(t)
-	c.births, c.shell = 1, c.inPod
+	c.births = 1
 	c.steps(true)
 }
 
@@ -550,12 +584,12 @@ func (c *cluster) killed() {
 		c.must(err)
 		pid := n.tcpdumps["3 web"]
 		if what == "tcpdump" {
-			c.shell("kill -9 " + pid)
+			c.onNode("kill -9 " + pid)
 			c.row("`kill -9` of tcpdump", "started again, Event", c.another(pid, "3 web"))
 			c.told("web", "CaptureFailed", "Warning", "signal: killed", "it is tried again in ")
 			c.told("web", "CaptureStarted", "Warning", "began again at the first file")
 		} else {
-			c.shell("kill -9 " + n.program) // if it is done from within, that ends as well
+			c.onNode("kill -9 " + n.program)
 			c.row("`kill -9` of the program", "no tcpdump outlives it; captured anew", c.another(pid, "3 web"))
 		}
 	}
@@ -601,7 +635,7 @@ func (c *cluster) finished() {
 	c.told("job", "CaptureStopped", "the files stay until the annotation")
 	n, err := c.look()
 	c.must(err)
-	c.shell("kill -9 " + n.program)
+	c.onNode("kill -9 " + n.program)
 	c.exact()
 	c.annotate("web", "=1001")
 	c.row("program restarted beside a finished pod", "that takes no room", c.exact("1001 web"))
