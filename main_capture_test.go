@@ -259,6 +259,7 @@ func TestArguments(t *testing.T) {
 // program's end cuts it short, tcpdump will tell.
 func TestCompile(t *testing.T) {
 	simulate(t, 0, func(w *world) {
+		w.proc.add(fakeProcess{40, cgroupOf(uidB), host, "pod", 500})
 		refuses := func(p pod) bool {
 			p.files, _ = strconv.Atoi(p.value)
 			return w.refusal(w.ctx, p) != ""
@@ -274,11 +275,13 @@ func TestCompile(t *testing.T) {
 			is(t, "refused with "+words, refuses(web.filtered("tcp")), want)
 		}
 		w.kids.behave(behaviour{})
-		w.start = func(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
-			is(t, "arguments", arguments, []string{"tcpdump", "-y", "LINUX_SLL2", "-d", "--", "tcp"})
-			return nil, syscall.EAGAIN
+		for p, link := range map[pod]string{web: "EN10MB", web.on("any"): "LINUX_SLL2", db: "LINUX_SLL2", db.on("ens3"): "EN10MB"} {
+			w.start = func(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
+				is(t, "arguments", arguments, []string{"tcpdump", "-y", link, "-d", "--", "tcp"})
+				return nil, syscall.EAGAIN
+			}
+			is(t, "refused when tcpdump can't run", refuses(p.filtered("tcp")), false)
 		}
-		is(t, "refused when tcpdump can't run", refuses(web.on("any").filtered("tcp")), false)
 		w.start = w.kids.start
 		w.born(50, web)
 		w.kids.behave(behaviour{compile: time.Minute})
@@ -614,6 +617,7 @@ func TestFailures(t *testing.T) {
 			_, pause, _ := strings.Cut(w.news()[0].message, words+"; it is tried again in ")
 			told, err := time.ParseDuration(pause)
 			must(t, err)
+			is(t, "what is told is rounded", told, told.Round(100*time.Millisecond))
 			w.after(repeatTime-time.Second, "")
 			w.after(time.Minute, "", failed+": "+words)
 			at := w.kids.attempts

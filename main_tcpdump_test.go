@@ -443,17 +443,25 @@ func TestStart(t *testing.T) {
 func TestFullDisk(t *testing.T) {
 	n := newRealNode(t)
 	web := n.newLink(uidA)
-	n.command("mount -t tmpfs -o size=1m tmpfs %s", n.root)
+	n.newLink(uidB)
+	n.command("mount -t tmpfs -o size=2m tmpfs %s", n.root)
 	n.Cleanup(func() { syscall.Unmount(n.root, syscall.MNT_DETACH) })
 	n.run(podNamed("web", uidA, "1"))
-	n.told(waiting + ": N=1 can take")
+	n.told(waiting + ": N=1 can take") // one file, and none to spare
 	n.command("mount -o remount,size=3m %s", n.root)
 	n.told(started)
 	web.say(web.pod, "big", 4000, 1, 650, 1400)
 	until(n, "the file is nearly full", func() bool { info, _ := os.Stat(filepath.Join(n.root, webFile)); return info.Size() > 900_000 })
 	is(t, "the disk is full, with room for all that may be written", n.disk.isFull() || len(n.news) > 0, false)
+	n.command("mount -o remount,size=3500k %s", n.root) // web's file has 0.9 MB, and can take 0.4 more
+	n.see(podNamed("db", uidB, "1"))
+	n.told(waiting + ": N=1 can take")
+	n.command("mount -o remount,size=4000k %s", n.root)
+	n.told(started)
+	n.forget(uidB)
+	n.told(stopped)
 	other := filepath.Join(n.root, "other")
-	os.WriteFile(other, make([]byte, 3<<20), 0o644) // fails in the middle, which is the point
+	os.WriteFile(other, make([]byte, 4<<20), 0o644) // fails in the middle, which is the point
 	n.told(failed + ": disk is full: the capture stops")
 	is(t, "tcpdump goes on", isTcpdump(n.pid(webFile)), false)
 	must(t, os.Remove(other))

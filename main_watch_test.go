@@ -64,6 +64,7 @@ func watched(t *testing.T, story func(w *watcher)) {
 		w.finish(5 * time.Second)
 		w.program.Wait()
 		w.runs()
+		w.logged("level=ERROR", 0)
 	})
 }
 
