@@ -539,10 +539,14 @@ func TestDiskFree(t *testing.T) {
 		w.disk.diskFree = percent // less than 1 % of it is left for captures, and this one needs 2 %
 		a := w.born(50, web.of(strconv.FormatInt(total/50/fileBytes, 10)))
 		w.told(fmt.Sprintf("Warning CaptureWaiting: with %d %% of it left free; the capture starts by itself", percent))
-		w.disk.mu.Lock()
-		w.disk.diskFree = 0
-		w.disk.mu.Unlock()
+		keep := func(percent int64) {
+			w.disk.mu.Lock()
+			defer w.disk.mu.Unlock()
+			w.disk.diskFree = percent
+		}
+		keep(max(0, percent-10))
 		w.after(time.Second, "web:"+a.value, started)
+		keep(0)
 		most := strconv.FormatInt(free/10*6/fileBytes, 10) // 60 % of what is free
 		w.see(web.of(most))
 		w.born(60, db.of(most))
