@@ -248,14 +248,14 @@ type followed struct {
 type podWatch struct {
 	*node
 	captures  map[string]*followed // by pod UID: a pod that is recreated under its name is another pod
-	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache
+	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache; "": the newest
 	retry     backoff
 	complaint string // the last error that was logged: nothing is said twice
-	unproven  bool   // the last watch was answered 200, and then failed at once: another 200 does not mean that all is well
+	proven    bool   // the last watch was more than a 200: a server that accepts and closes must not be asked without end
 }
 
 func newPodWatch(n *node) *podWatch {
-	return &podWatch{node: n, captures: map[string]*followed{}, version: "0", retry: startBackoff}
+	return &podWatch{node: n, captures: map[string]*followed{}, version: "0", retry: startBackoff, proven: true}
 }
 
 // follow lists the node's pods, and then watches them, until ctx ends. All captures hang on ctx, never on a request's, and
@@ -299,9 +299,7 @@ func (w *podWatch) follow(ctx context.Context) {
 // annotations, and spec and status are the larger part.
 func (w *podWatch) ask(ctx context.Context, kind string, query url.Values) (io.ReadCloser, error) {
 	query.Set("fieldSelector", "spec.nodeName="+w.nodeName)
-	if w.version != "" {
-		query.Set("resourceVersion", w.version)
-	}
+	query.Set("resourceVersion", w.version)
 	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), "application/json;as="+kind+";g=meta.k8s.io;v=v1", nil)
 }
 
@@ -352,20 +350,18 @@ func (w *podWatch) watch(ctx context.Context) error {
 		return err
 	}
 	defer answer.Close()
-	if !w.unproven {
+	if w.proven {
 		w.recovered()
 	}
-	began, decoder, proven := time.Now(), json.NewDecoder(answer), false
-	for err == nil {
+	w.proven = false
+	for began, decoder := time.Now(), json.NewDecoder(answer); err == nil; {
 		err = w.next(ctx, decoder)
-		// A mere 200 proves nothing: a server that accepts and closes must not be asked without end.
 		if err == nil || time.Since(began) >= time.Second {
-			proven, w.retry = true, requestBackoff
+			w.proven, w.retry = true, requestBackoff
 			w.recovered()
 		}
 	}
-	w.unproven = !proven
-	if proven && err == io.EOF {
+	if w.proven && err == io.EOF {
 		return nil
 	}
 	return err
