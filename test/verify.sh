@@ -90,10 +90,10 @@ files() { # POD: the names of all capture files in it
   in_pod "$1" 'shopt -s nullglob; printf "%s\n" /capture-*'
 }
 
-# The packets of the copied pcap that match a filter. -Z root: to become another user takes a capability that the
-# pod does not have.
-packets() { # [FILTER]
-  kubectl exec -i -n kube-system "$capture" -- tcpdump -nn -Z root -r - "$@" <"$temp/pcap" 2>"$temp/stderr"
+# The packets of a copied pcap that match a filter. Any capture pod has a tcpdump to read it, and another node may be the
+# faster one. -Z root: to become another user takes a capability that the pod does not have.
+packets() { # PCAP [FILTER]
+  kubectl exec -i -n kube-system "$reader" -- tcpdump -nn -Z root -r - "${@:2}" <"$1" 2>"$temp/stderr"
 }
 
 field() { # JSONPATH: of the test pod
@@ -114,8 +114,8 @@ has_traffic() {
   listed=$(in_pod "$capture" 'ls -l /capture-*') && size=$(awk '{ print $5 }' <<<"$listed") &&
     kubectl cp "kube-system/$capture:${stem}0" "$temp/copy" >/dev/null 2>"$temp/stderr" &&
     head -c "$size" "$temp/copy" >"$temp/pcap" &&
-    look_ups=$(packets "($own) and port 53" | wc -l) &&
-    connections=$(packets "($own) and tcp port 443" | wc -l) &&
+    look_ups=$(packets "$temp/pcap" "($own) and port 53" | wc -l) &&
+    connections=$(packets "$temp/pcap" "($own) and tcp port 443" | wc -l) &&
     ((look_ups > 0 && connections > 0))
 }
 
@@ -124,7 +124,7 @@ can_be_read() {
   local count bytes
   kubectl exec -n kube-system "$capture" -- packetcapture cat "$pod" >"$temp/cat" 2>"$temp/stderr" &&
     read -r count _ bytes _ < <(tail -1 "$temp/stderr") && ((count > 0 && bytes == $(wc -c <"$temp/cat"))) &&
-    [[ $(kubectl exec -i -n kube-system "$capture" -- tcpdump -nn -Z root -r - <"$temp/cat" 2>/dev/null | wc -l) == "$count" ]] &&
+    [[ $(packets "$temp/cat" | wc -l) == "$count" ]] &&
     cmp -s -n "$size" "$temp/cat" "$temp/pcap"
 }
 
@@ -169,7 +169,8 @@ own=${own# or } # the filter for the pod's own packets, of all its addresses
 captures=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName=$node,status.phase=Running" -o jsonpath='{.items[*].metadata.name}')
 [[ $captures && $captures != *' '* ]] || fail "The node $node should run one packetcapture pod, and runs: ${captures:-none}."
 capture=$captures
-elsewhere=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName!=$node" -o jsonpath='{.items[*].metadata.name}')
+elsewhere=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName!=$node,status.phase=Running" -o jsonpath='{.items[*].metadata.name}')
+reader=${elsewhere%% *} reader=${reader:-$capture}
 
 kubectl annotate pod "$pod" "$annotation-" >/dev/null
 await 15 "There are files in $capture although no pod is annotated." has_no_files
@@ -187,7 +188,7 @@ await 20 "No file $stem* is in $capture $((20 * slow)) s after $pod was annotate
 await 40 "The capture in ${stem}0 does not show the name look-ups and connections of $pod within $((40 * slow)) s." has_traffic
 
 # C3: the pod's packets, and none between two others. Link-local addresses are of the pod's own link.
-strangers=$(packets "not ($own) and not ether multicast and not net fe80::/10") || fail "The copied pcap can't be read: $(cat "$temp/stderr")"
+strangers=$(packets "$temp/pcap" "not ($own) and not ether multicast and not net fe80::/10") || fail "The copied pcap can't be read: $(cat "$temp/stderr")"
 [[ -z $strangers ]] || fail "The pcap holds packets that are not of $pod: $strangers"
 
 for other in $elsewhere; do # C6: a node captures its own pods
@@ -202,7 +203,7 @@ mkdir "$temp/outputs"
 kubectl describe pod "$pod" >"$temp/outputs/pod-describe.txt"
 kubectl get pods -A -o wide >"$temp/outputs/pods.txt"
 echo "$listed" >"$temp/outputs/capture-files.txt"
-packets >"$temp/outputs/capture-output.txt"
+packets "$temp/pcap" >"$temp/outputs/capture-output.txt"
 cp "$temp/pcap" "$temp/outputs/${stem#/}0"
 
 # ---- What must leave it alone: the same value again, another change of the pod, a value that is no number (C2) ----
