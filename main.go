@@ -420,7 +420,7 @@ func (w *podWatch) apply(ctx context.Context, p pod) {
 	case refusal != "" && f.started.files == 0:
 		w.tell(p, "Warning", "CaptureInvalid", refusal+"; nothing is captured")
 	case refusal != "":
-		w.tell(p, "Warning", "CaptureInvalid", refusal+"; the capture that was asked for before goes on as it was")
+		w.tell(p, "Warning", "CaptureInvalid", refusal+"; what was asked for before goes on as it was")
 	case p != f.started:
 		f.stop()
 		ctx, f.stop = context.WithCancel(ctx)
@@ -533,11 +533,11 @@ func (c *capture) awaitNetwork(ctx context.Context) bool {
 		case waited >= goneTime && c.opened && !told:
 			told = true
 			c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod's network is gone, the files stay until the annotation "+
-				"or the pod goes, or the pod has a new network", "")
+				"or the pod goes, or the pod has a new network", 0)
 		case waited >= waitingTime && !c.opened && !told:
 			told = true
-			c.tell("Warning", "CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended",
-				"; the capture starts when it has one")
+			c.tell("Warning", "CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended; the capture starts "+
+				"when it has one", 0)
 		case waited >= birthTime: // at whole seconds: all that wait look together then, and share one look at /proc
 			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 		}
@@ -554,7 +554,7 @@ func (c *capture) awaitRoom(ctx context.Context) bool {
 		}
 		if missing != "" && !told {
 			told = true
-			c.tell("Warning", "CaptureWaiting", "Waiting for room: "+missing, "; the capture starts by itself when there is enough")
+			c.tell("Warning", "CaptureWaiting", "Waiting for room: "+missing+"; the capture starts by itself when there is enough", 0)
 		}
 		select {
 		case <-freed:
@@ -571,11 +571,11 @@ func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
 	_, hasNetwork := c.processes.find(c.pod)
 	switch {
 	case errors.Is(err, errMoved) && c.opened:
-		c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on", "")
+		c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on", 0)
 	case errors.Is(err, errMoved), errors.Is(err, errGone): // awaitNetwork tells if it stays so
 	case hasNetwork, errors.Is(err, errFull): // else the pod has just ended, which is why tcpdump has
 		wait = retry.next(nil)
-		c.tell("Warning", "CaptureFailed", err.Error(), fmt.Sprintf("; it is tried again in %v", wait.Round(100*time.Millisecond)))
+		c.tell("Warning", "CaptureFailed", err.Error(), wait)
 	}
 	return wait
 }
@@ -590,7 +590,7 @@ func (c *capture) clear() {
 		slog.Error("files can't be deleted", "namespace", c.namespace, "pod", c.name, "error", err)
 	}
 	if c.opened {
-		c.tell("Normal", "CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, size), "")
+		c.tell("Normal", "CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, size), 0)
 	}
 	c.disk.give(c.stem)
 	c.stem, c.opened = "", false
@@ -610,20 +610,23 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 	add(c.opened, "Warning", "tcpdump began again at the first file, and the packets in that one are lost")
 	add(warning != "", "Warning", "tcpdump says: "+warning)
 	c.opened = true
-	c.tell(kind, "CaptureStarted", message, "")
+	c.tell(kind, "CaptureStarted", message, 0)
 }
 
-// tell writes a line of the log and an Event of the pod. What was told within repeatTime is told again only if something else
-// was told since, so that the last Event is true. A tcpdump that fails at once, again and again, is no reason: a Warning is
-// told again only some seconds after what was told last. Only the end of a message may differ each time.
-func (c *capture) tell(kind, reason, message, end string) {
+// tell writes a line of the log and an Event of the pod; what failed is tried again after wait. What was told within repeatTime
+// is told again only if something else was told since, so that the last Event is true: but not if between that and the next
+// try there are only seconds.
+func (c *capture) tell(kind, reason, message string, wait time.Duration) {
 	now := time.Now()
 	isRepeated := now.Sub(c.told[message]) < repeatTime
-	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Sub(c.told[c.last]) < goneTime) {
+	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Add(wait).Sub(c.told[c.last]) < goneTime) {
 		return
 	}
 	c.told[message], c.last = now, message
-	c.node.tell(c.pod, kind, reason, message+end)
+	if wait > 0 {
+		message += fmt.Sprintf("; it is tried again in %v, and then after growing pauses of up to 30s", wait.Round(100*time.Millisecond))
+	}
+	c.node.tell(c.pod, kind, reason, message)
 }
 
 // ---- tcpdump: one run of it ----

@@ -199,7 +199,7 @@ func TestMistakes(t *testing.T) {
 	simulate(t, 5, func(w *world) {
 		w.born(50, web.of("5"))
 		w.told(started)
-		check(w, web.of("5"), "web:5", "; the capture that was asked for before goes on as it was")
+		check(w, web.of("5"), "web:5", "; what was asked for before goes on as it was")
 		for i := range 2000 {
 			w.see(web.of(fmt.Sprint("x", i)))
 		}
@@ -619,6 +619,7 @@ func TestFailures(t *testing.T) {
 			w.kids.behave(b)
 			w.born(50, web)
 			_, pause, _ := strings.Cut(w.news()[0].message, words+"; it is tried again in ")
+			pause, _, _ = strings.Cut(pause, ", and then ")
 			told, err := time.ParseDuration(pause)
 			must(t, err)
 			is(t, "what is told is rounded", told, told.Round(100*time.Millisecond))
@@ -670,6 +671,28 @@ func TestEndsByItself(t *testing.T) {
 			{exit("", errKilled), 0, "kept:3", ""}, // within seconds
 			{lose(web), time.Minute, "", stopped},  // before it is started again
 		}})
+	simulate(t, 0, func(w *world) { // killed as soon as it runs: while nothing is captured for longer, the last Event says so
+		w.born(50, web)
+		var last event
+		told, idle := 0, time.Duration(0)
+		for range 2400 {
+			if w.kids.last().lives() {
+				idle = 0
+				w.kids.last().exit("", errKilled)
+			}
+			w.pass(100 * time.Millisecond)
+			idle += 100 * time.Millisecond
+			for _, e := range w.news() {
+				told, last = told+1, e
+			}
+			if idle > goneTime && last.reason != "CaptureFailed" && !w.kids.last().lives() {
+				t.Fatalf("nothing has been captured for %v, and the last Event is %s: %s", idle, last.reason, last.message)
+			}
+		}
+		if told < 10 || told > 60 {
+			t.Errorf("%d Events were told in 4 minutes", told)
+		}
+	})
 	simulate(t, 0, func(w *world) { // it has begun also when it ends in the same moment, in which its capture looks at the pod
 		w.kids.behave(behaviour{words: "tcpdump: listening on eth0\ntcpdump: eth0: gone\n", startup: time.Second})
 		var pods []pod

@@ -330,7 +330,7 @@ func TestFilter(t *testing.T) {
 	n.holds(webFile, 0, 2, "this")
 	running := n.pid(webFile)
 	n.see(p.on("any").filtered("ether host 02:00:00:00:00:09")) // which is right on eth0
-	n.told(invalid + ": the capture that was asked for before goes on as it was")
+	n.told(invalid + ": what was asked for before goes on as it was")
 	web.say(web.pod, "this", 4001, 3, 3, 1)
 	n.holds(webFile, 0, 3, "this")
 	is(t, "PID of tcpdump after a mistake", n.pid(webFile), running)
