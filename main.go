@@ -21,7 +21,7 @@
 //
 // Two kinds of goroutine do the work. One follows the node's pods, and starts and stops captures as the annotations
 // ask: (*podWatch).follow. Each capture has one of its own, which lives from the annotation to the last deleted
-// file: (*capture).live. Who has read these two knows the program.
+// file: (*capture).live. Who has read these two knows the program. One more posts the Events: (*node).record.
 package main
 
 import (
@@ -61,8 +61,8 @@ const (
 	filterAnnotation    = annotation + "/filter"
 	interfaceAnnotation = annotation + "/interface"
 
-	// The cgroups of a static pod carry the UID that is in its config.hash. Anybody may add that annotation to a pod, and would
-	// have another pod captured; config.mirror nobody can add to a pod that is there. So both must hold the same.
+	// The kubelet names a static pod's cgroups by its config.hash. Who may annotate can add another pod's UID as config.hash to a
+	// pod that is there, but no config.mirror. So the hash counts only if both are the same.
 	hashAnnotation   = "kubernetes.io/config.hash"
 	mirrorAnnotation = "kubernetes.io/config.mirror"
 
@@ -84,7 +84,7 @@ const (
 	lastPackets = 3 * time.Second         // how long tcpdump goes on without the pod's eth0: it reads its ring every second
 	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
 	exitGrace   = 4500 * time.Millisecond // for the captures and the last Events, when the program is told to end, of 5 s in all
-	repeatTime  = 5 * time.Minute         // in which a Warning that stays the same is not repeated
+	repeatTime  = 5 * time.Minute         // in which a Warning is not repeated, unless something else was told since
 )
 
 var (
@@ -114,7 +114,7 @@ func run(ctx context.Context, arguments []string) error {
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", ":8080") // a lock as well: another one here has files that must not be deleted
+	listener, err := net.Listen("tcp", ":8080") // a lock as well: a second program in this pod would delete the first one's files
 	if err != nil {
 		return fmt.Errorf("serving /healthz and /readyz: %w", err)
 	}
@@ -137,7 +137,7 @@ type config struct {
 	diskFree                        int64  // percent of the file system that they leave free
 }
 
-// readConfig names what is missing or wrong: none of it can mend itself while the program runs.
+// readConfig names what is missing or wrong. The program ends then: to wait would mend none of it.
 func readConfig(getenv func(string) string) (cfg config, err error) {
 	// Without a node, spec.nodeName= would select the pods that no node has.
 	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
@@ -232,7 +232,7 @@ type pod struct {
 	kubeletUID           string // names its cgroups, and its Events: a static pod's is not the API's UID
 	annotated, hasIface  bool
 	value                string // of the annotation
-	files                int    // to rotate through; 0: value is no number
+	files                int    // to rotate through, which apply reads from value
 	filter               string // a pcap filter; "": every packet
 	iface                string // "": eth0, or any for a pod with the host's network
 }
@@ -248,10 +248,10 @@ type followed struct {
 type podWatch struct {
 	*node
 	captures  map[string]*followed // by pod UID: a pod that is recreated under its name is another pod
-	version   string               // resourceVersion of the last list or event, opaque; "0": any, from the server's cache; "": the newest
+	version   string               // resourceVersion of the last list or event, opaque; "0": any, from its cache; "": the newest
 	retry     backoff
 	complaint string // the last error that was logged: nothing is said twice
-	proven    bool   // the last watch was more than a 200: a server that accepts and closes must not be asked without end
+	proven    bool   // the last watch gave an event or a second: a server that accepts and closes must not be asked without end
 }
 
 func newPodWatch(n *node) *podWatch {
@@ -264,7 +264,7 @@ func newPodWatch(n *node) *podWatch {
 //	list   done                   -> watch
 //	list   410, 504               -> list without a version: the server can't serve that one
 //	watch  ended as agreed        -> watch
-//	watch  410, or as an ERROR    -> list: the server has no history since that version
+//	watch  410, also in an ERROR  -> list: the server has no history since that version
 //	either any trouble            -> the same again, after a wait
 func (w *podWatch) follow(ctx context.Context) {
 	var relisted time.Time
@@ -604,6 +604,7 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 			kind, message = itsKind, message+"; "+text
 		}
 	}
+	// A Warning comes after all that is normal.
 	add(c.iface != "", "Normal", "the interface is "+c.iface)
 	add(c.filter != "", "Normal", fmt.Sprintf("the filter is %q", cut(c.filter)))
 	add(isHost, "Warning", "this pod has the host's network, so the files hold the whole node's traffic")
@@ -613,13 +614,13 @@ func (c *capture) tellStarted(isHost bool, warning string) {
 	c.tell(kind, "CaptureStarted", message, 0)
 }
 
-// tell writes a line of the log and an Event of the pod; what failed is tried again after wait. What was told within repeatTime
-// is told again only if something else was told since, so that the last Event is true: but not if between that and the next
-// try there are only seconds.
+// tell writes a line of the log and an Event of the pod; what failed is tried again after wait. A message is not repeated
+// within repeatTime if it was the last one. If it was not, it is repeated, so that the last Event is true: but not a failure
+// if the last one is less than goneTime old at the next try.
 func (c *capture) tell(kind, reason, message string, wait time.Duration) {
 	now := time.Now()
 	isRepeated := now.Sub(c.told[message]) < repeatTime
-	if isRepeated && (message == c.last || reason != "CaptureStarted" && now.Add(wait).Sub(c.told[c.last]) < goneTime) {
+	if isRepeated && (message == c.last || wait > 0 && now.Add(wait).Sub(c.told[c.last]) < goneTime) {
 		return
 	}
 	c.told[message], c.last = now, message
@@ -648,11 +649,11 @@ func (c *capture) runTcpdump(ctx context.Context) error {
 			c.tellStarted(s.isHost, output.warning)
 		}
 	}
-	seen, ticks := time.Now(), 0 // ticks since it was told to end
+	seen, ticks := time.Now(), 0 // ticks are the silent seconds since it was told to end
 	err = output.read(tcpdump, func() {
 		if running.Err() == nil {
 			c.oversee(stop, s, tcpdump, &seen)
-		} else if ticks++; ticks == 4 { // seconds, of which it had termGrace
+		} else if ticks++; ticks == 4 { // it had termGrace, and then SIGKILL
 			c.node.tell(c.pod, "Warning", "CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL were "+
 				"sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, cmp.Or(tcpdump.kill(), errors.New("no error"))))
 		}
@@ -847,7 +848,7 @@ func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
 	if isTaken && other.namespace != p.namespace {
 		stem, isTaken = special, false
 	}
-	if _, isOwn := d.taken[special]; isOwn || isTaken { // by an earlier capture, which ends
+	if _, isSpecialTaken := d.taken[special]; isSpecialTaken || isTaken { // by an earlier capture, which ends
 		return "", "", d.freed
 	}
 	files := 0
@@ -946,6 +947,7 @@ type process struct {
 	pod   string    // UID of the pod that its cgroup names, or ""
 	born  uint64    // when it started, in clock ticks since boot
 	first time.Time // when it was seen first
+	grown bool      // its cgroup was read two seconds after that, or later
 }
 
 // sandbox is a pod's network namespace, and a process that is in it.
@@ -991,8 +993,8 @@ func (ps *processes) open(s sandbox, p pod) (*os.File, error) {
 	return file, nil
 }
 
-// oldest is the network of the pod's oldest process, of those that have the pod's network. Containers start after that process, and may
-// have networks of their own within. The lock is held.
+// oldest is the network of the process that started first, of those that are in the pod's network. Containers start after it,
+// and may have networks of their own within. The lock is held.
 func (ps *processes) oldest(p pod) (s sandbox, ok bool) {
 	if p.namespace == ps.podNamespace && p.name == ps.podName { // on cgroup v2 the path of its own cgroup is cut, and names no pod
 		return ps.networkOf(ps.proc+"/self", p)
@@ -1030,7 +1032,7 @@ func (ps *processes) networkOf(dir string, p pod) (sandbox, bool) {
 }
 
 // look takes note of the processes that there are, and of their pods. A process enters its cgroup after it has started:
-// so its cgroup is read again for two seconds, until it is a pod's. All are forgotten now and then: PIDs become others'.
+// so its cgroup is read again until it is a pod's, or two seconds have passed. All are forgotten now and then: PIDs become others'.
 // The lock is held.
 func (ps *processes) look(now time.Time) {
 	if now.Sub(ps.forgot) >= 10*time.Second {
@@ -1044,7 +1046,8 @@ func (ps *processes) look(now time.Time) {
 			known = &process{first: now}
 			ps.known[dir] = known
 		}
-		if known.pod == "" && now.Sub(known.first) <= 2*time.Second {
+		if known.pod == "" && !known.grown {
+			known.grown = now.Sub(known.first) >= 2*time.Second
 			known.pod = podOf(readFile(dir + "/cgroup"))
 			known.born = startTime(readFile(dir + "/stat"))
 		}
@@ -1115,7 +1118,7 @@ func (n *node) tell(p pod, kind, reason, message string) {
 // record posts Events up to the end of them, each again and again while the API server is away, until ctx ends. One that
 // is refused is dropped, which is normal (403) in a namespace that is being deleted.
 func (n *node) record(ctx context.Context) {
-	for e := <-n.news; e != nil; e = <-n.news {
+	for e := <-n.news; e != nil && ctx.Err() == nil; e = <-n.news {
 		err := n.post(ctx, e)
 		for retry := requestBackoff; err != nil && !isRefusal(err) && ctx.Err() == nil; err = n.post(ctx, e) {
 			sleep(ctx, retry.next(err))
@@ -1230,7 +1233,7 @@ func (k *kube) do(ctx context.Context, method, path, accept string, body []byte)
 	json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(status)
 	status.Code = response.StatusCode
 	seconds, _ := strconv.Atoi(response.Header.Get("Retry-After"))
-	status.retryAfter = time.Duration(max(seconds, 0)) * time.Second
+	status.retryAfter = time.Duration(min(max(seconds, 0), 60)) * time.Second
 	return nil, status
 }
 

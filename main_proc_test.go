@@ -244,6 +244,12 @@ func TestOneLook(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		finds(t, ps, uidB, "")
 		finds(t, ps, uidA, "other")
+		proc.add(fakeProcess{60, "0::/system.slice/containerd.service\n", host, host, 500})
+		time.Sleep(birthPoll)
+		finds(t, ps, hash, "") // it is seen before it enters its cgroup, and then nobody looks for three seconds
+		proc.add(fakeProcess{60, cgroupOf("c0"), "late", "late", 500})
+		time.Sleep(3 * time.Second)
+		finds(t, ps, "c0", "late")
 	})
 }
 

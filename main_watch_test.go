@@ -397,6 +397,7 @@ func TestTrouble(t *testing.T) {
 		"lost":                  {"watch", fault{err: reset}, "connection reset", 1},
 		"Retry-After of a word": {"watch", fault{code: 503, retryAfter: "soon"}, "503 Service", 1},
 		"Retry-After below 0":   {"watch", fault{code: 429, retryAfter: "-100"}, "429 Too", 1},
+		"Retry-After of years":  {"watch", fault{code: 429, retryAfter: "99999999999"}, "429 Too", 1},
 	}, func(w *watcher, test test) {
 		seconds, _ := strconv.Atoi(test.retryAfter)
 		w.annotate("web", "5")
@@ -412,7 +413,7 @@ func TestTrouble(t *testing.T) {
 			requests := w.api.asked("list", "watch")[before:]
 			waits := gaps(requests)
 			for i := range waits {
-				waits[i] -= time.Duration(max(seconds, 0)) * time.Second
+				waits[i] -= time.Duration(min(max(seconds, 0), 60)) * time.Second
 			}
 			checkBackoff(w, waits, 10, 30*time.Second)
 			if most := test.burst * (len(waits) + 1); len(requests) > most {
