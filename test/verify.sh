@@ -169,7 +169,7 @@ own=${own# or } # the filter for the pod's own packets, of all its addresses
 captures=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName=$node,status.phase=Running" -o jsonpath='{.items[*].metadata.name}')
 [[ $captures && $captures != *' '* ]] || fail "The node $node should run one packetcapture pod, and runs: ${captures:-none}."
 capture=$captures
-elsewhere=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName!=$node,status.phase=Running" -o jsonpath='{.items[*].metadata.name}')
+elsewhere=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName!=$node" -o jsonpath='{.items[*].metadata.name}')
 reader=${elsewhere%% *} reader=${reader:-$capture}
 
 kubectl annotate pod "$pod" "$annotation-" >/dev/null
