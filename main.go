@@ -1241,7 +1241,7 @@ func (k *kube) do(ctx context.Context, method, path, accept string, body []byte)
 type statusError struct {
 	Code       int
 	Message    string
-	retryAfter time.Duration // the least to wait, if the server says so
+	retryAfter time.Duration // the least to wait, if the server says so; a minute at most, whatever it says
 }
 
 func (e *statusError) Error() string {

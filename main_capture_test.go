@@ -644,6 +644,24 @@ func TestFailures(t *testing.T) {
 	}
 }
 
+// C7: a message is repeated only if another one came in between; a failure not if that will be old by seconds at the next try.
+func TestRepeats(t *testing.T) {
+	simulate(t, 0, func(w *world) {
+		c := &capture{node: w.node, pod: web, told: map[string]time.Time{}}
+		for i, each := range []struct {
+			reason string
+			wait   time.Duration
+			isTold bool
+		}{
+			{"CaptureWaiting", 0, true}, {"CaptureFailed", time.Second, true}, {"CaptureWaiting", 0, true}, {"CaptureFailed", goneTime - 1, false},
+			{"CaptureStarted", 0, true}, {"CaptureFailed", goneTime, true}, {"CaptureFailed", time.Hour, false}, {"CaptureStarted", 0, true},
+		} {
+			c.tell("Warning", each.reason, each.reason, each.wait)
+			is(t, fmt.Sprint(i, ": told"), len(w.news()) > 0, each.isTold)
+		}
+	})
+}
+
 // C5, C7: a tcpdump that ends by itself is started again, and its last words are told. Packets are lost only when it has begun
 // again. One that has proved itself does not wait long. An interface that is renamed is told as what it is.
 func TestEndsByItself(t *testing.T) {

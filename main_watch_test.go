@@ -837,7 +837,7 @@ func TestRepeatedWarnings(t *testing.T) {
 	})
 }
 
-// C5 and C7: what was told before the end of the program is posted, and never holds up its end for longer than may be.
+// C5 and C7: what was told before the end of the program is posted, and holds up its end for exitGrace at most.
 func TestLastEvents(t *testing.T) {
 	type test struct {
 		frozen time.Duration // after the end
