@@ -1136,7 +1136,7 @@ func (n *node) post(ctx context.Context, e *event) error {
 	at := e.at.UTC().Format(time.RFC3339)
 	body, _ := json.Marshal(fields{ // strings never fail
 		"apiVersion": "v1", "kind": "Event",
-		// Times have seconds alone: so it is by their names that kubectl lists Events in their order.
+		// Times have seconds alone: by their names kubectl lists those of a second in their order, while a pod has few.
 		"metadata":       fields{"namespace": e.namespace, "generateName": fmt.Sprintf("packetcapture-%x-", e.at.UnixNano())},
 		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod", "namespace": e.namespace, "name": e.name, "uid": e.kubeletUID},
 		"type":           e.kind, "reason": e.reason, "message": e.message, "count": 1,
