@@ -1,30 +1,38 @@
-// Packetcapture captures the packets of annotated pods with tcpdump, on every node of a Kubernetes cluster.
+// Packetcapture captures the packets of annotated pods with tcpdump, on every node of a
+// Kubernetes cluster.
 //
-// It runs as a DaemonSet and watches the pods of its own node. A pod that is annotated
+// It runs as a DaemonSet, and each of its pods watches the pods of its own node. A pod that is
+// annotated
 //
 //	kubectl annotate pod web tcpdump.antrea.io="5"
 //
-// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to /capture-web.pcap4, in the packetcapture
-// container of that node. A changed number starts the capture again; when the annotation or the pod goes, the capture
-// stops and its files are deleted. Two more annotations say what is captured:
+// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to
+// /capture-web.pcap4, in the packetcapture container of that node. A changed number starts the
+// capture again. When the annotation or the pod goes, the capture stops and its files are deleted.
+// Two more annotations say what is captured:
 //
-//	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default every packet
-//	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default eth0
+//	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default: every packet
+//	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default: eth0
 //
-// Events on the pod (kubectl describe pod) tell what happens. In the packetcapture pod, packetcapture cat [-f] web
-// writes the files to stdout as one pcap, and with -f goes on with what comes. The environment configures the program:
+// Events on the pod tell what happens, and the folder /captures has a link for each captured pod.
+// Two commands in the container read a capture:
 //
-//	NODE_NAME     the node whose pods are captured; required
-//	DISK_LIMIT    bytes of disk that the container may take, its files and its log; default no limit
-//	DISK_FREE     percent of the file system that captures leave free; default 15
+//	packetcapture cat default/web    writes its files to stdout as one pcap
+//	packetcapture live default/web   writes its packets to stdout as they come, until stdin ends
+//
+// The environment configures the program:
+//
+//	NODE_NAME    the node whose pods are captured; required
+//	DISK_LIMIT   bytes of disk that the container may use; default: no limit
+//	DISK_FREE    percent of the disk that captures leave free; default: 15
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
-// Two kinds of goroutine do the work. One follows the node's pods, and starts and stops captures as the annotations
-// ask: (*podWatch).follow. Each capture has one of its own, which lives from the annotation to the last deleted
-// file: (*capture).live. Who has read these two knows the program. One more posts the Events: (*node).record.
+// (*podWatch).follow starts and stops captures as the annotations ask, and (*capture).live is the
+// life of one. These two are the program; the rest is detail.
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -36,7 +44,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -60,37 +67,50 @@ const (
 	annotation          = "tcpdump.antrea.io"
 	filterAnnotation    = annotation + "/filter"
 	interfaceAnnotation = annotation + "/interface"
-
-	// The kubelet names a static pod's cgroups by its config.hash. Who may annotate can add another pod's UID as config.hash to a
-	// pod that is there, but no config.mirror. So the hash counts only if both are the same.
+	// A static pod's cgroup is named after its config.hash. A user can add that to a pod, with another
+	// pod's UID, but not config.mirror. So the hash counts if both are equal.
 	hashAnnotation   = "kubernetes.io/config.hash"
 	mirrorAnnotation = "kubernetes.io/config.mirror"
+	// anyVersion begins a watch with all pods, from the API server's cache.
+	anyVersion = "0"
 
-	letters      = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-	digits       = "0123456789"
-	podInterface = "eth0" // the only name that containerd and CRI-O let a CNI give a pod's interface
+	// podInterface is the only name that containerd and CRI-O let a CNI give a pod's interface.
+	podInterface   = "eth0"
+	digits         = "0123456789"
+	interfaceChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-" + digits
 
-	// fileBytes is the most that one file takes: -C 1 is 1,000,000 bytes in every version of tcpdump, checked before
-	// a packet is written, and a packet is at most 262,144 bytes (the default -s) behind a header of 16.
+	// fileBytes is the most that a file takes. tcpdump compares its size with -C 1, 1,000,000 bytes,
+	// before it writes a packet, and that has at most 262,144 bytes and a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
-	logBytes  = 64 << 20 // kept from DISK_LIMIT for the container's log: the kubelet's default is 5 times 10 MiB
-	maxFilter = 1024     // bytes: tcpdump compiles that in 0.25 s and 12 MB at worst; 4,096 take 9 s and 110 MB
+	// logBytes is the part of DISK_LIMIT for the container's log: the kubelet keeps 5 times 10 MiB.
+	logBytes = 64 << 20
+	// maxFilter is in bytes. The worst filter compiles in 0.15 s; one of 4,096 bytes takes 9 s.
+	maxFilter = 1024
 
-	birthPoll   = 25 * time.Millisecond   // how often a pod's network is looked for: containers start 100 ms after it
-	birthTime   = 5 * time.Minute         // for so long; then once a second
-	waitingTime = 30 * time.Second        // how long a pod may have no network at first before that is told
-	goneTime    = 5 * time.Second         // how long its network may be gone: a pod that is deleted is gone by then
-	emptyTime   = 6 * time.Minute         // how long a pod may have no process: CRI-O's crash loops wait up to 5 minutes
-	lastPackets = 3 * time.Second         // how long tcpdump goes on without the pod's eth0: it reads its ring every second
-	termGrace   = 2 * time.Second         // from SIGTERM to SIGKILL
-	exitGrace   = 4500 * time.Millisecond // for the captures and the last Events, when the program is told to end, of 5 s in all
-	repeatTime  = 5 * time.Minute         // in which a Warning is not repeated, unless something else was told since
+	// birthPoll is how often a capture looks for its pod's network, about 100 ms after which the first
+	// container starts. After birthTime it looks every second.
+	birthPoll = 25 * time.Millisecond
+	birthTime = 5 * time.Minute
+	// waitingTime is how long a capture waits before it says so. Most pods have started by then, and
+	// the captures of deleted pods have stopped.
+	waitingTime = 3 * time.Second
+	// ringDelay is how long tcpdump goes on when its pod has ended: it reads its ring once a second.
+	ringDelay = 3 * time.Second
+	// termGrace is the time from SIGTERM to SIGKILL, and exitGrace that for the end of the program, which
+	// may take 5 s.
+	termGrace = 2 * time.Second
+	exitGrace = 4500 * time.Millisecond
+	// An Event is tried for eventTime, and up to eventQueue of a namespace may wait.
+	eventTime  = 10 * time.Minute
+	eventQueue = 1000
 )
 
 var (
-	requestBackoff = backoff{least: 800 * time.Millisecond, most: 30 * time.Second} // like client-go's
-	startBackoff   = backoff{least: 800 * time.Millisecond, most: 3 * time.Second}  // until the first watch: nodes start one by one
-	tcpdumpBackoff = backoff{least: 125 * time.Millisecond, most: 30 * time.Second}
+	requestBackoff = backoff{least: 800 * time.Millisecond, most: 30 * time.Second} // client-go's
+	tcpdumpBackoff = backoff{least: 200 * time.Millisecond, most: 5 * time.Minute}  // the kubelet's
+
+	errFull     = errors.New("the disk is full: the last packets of the files may be cut")
+	errReplaced = errors.New("its annotations have changed")
 )
 
 func main() {
@@ -102,664 +122,582 @@ func main() {
 	}
 }
 
-// run is the controller, or with arguments the command that they name.
+// run is the controller or, with arguments, the command that they name.
 func run(ctx context.Context, arguments []string) error {
-	if len(arguments) > 0 {
-		if slices.Contains(arguments, "-f") {
-			ctx = untilStdinEnds(ctx)
-		}
-		return command(ctx, arguments, "/", os.Stdout, os.Stderr)
+	switch {
+	case len(arguments) == 2 && arguments[0] == "cat":
+		return cat("/", arguments[1], os.Stdout, os.Stderr)
+	case len(arguments) == 2 && arguments[0] == "live":
+		return live(ctx, "/", arguments[1])
+	case len(arguments) > 0:
+		return fmt.Errorf("%q is no command: accepted are cat and live with <namespace>/<pod>",
+			cut(strings.Join(arguments, " ")))
 	}
+
 	cfg, err := readConfig(os.Getenv)
 	if err != nil {
 		return err
 	}
-	listener, err := net.Listen("tcp", ":8080") // a lock as well: a second program in this pod would delete the first one's files
-	if err != nil {
-		return fmt.Errorf("serving /healthz and /readyz: %w", err)
+	a, err := newAgent(cfg)
+	if err == nil {
+		slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.disk.limit)
+		a.run(ctx)
 	}
-	n, err := newNode(cfg)
-	if err != nil {
-		return err
-	}
-	go n.health().Serve(listener)
-	slog.Info("packetcapture starts", "node", n.nodeName, "api", n.api, "files", n.disk.limit)
-	n.run(ctx)
-	return nil
+	return err
 }
 
-// config is what the program is told from outside; the folders are other ones in tests.
 type config struct {
-	nodeName, podName, podNamespace string // this pod's
-	api, account                    string // the API server's address; folder with the service account's token, ca.crt and namespace
+	nodeName, podName, podNamespace string // of the program's own pod
+	url, account                    string // of the API server; the folder of the service account
 	proc, root                      string // where the host's processes are, and where the files go
-	diskLimit                       int64  // bytes that the files may take together
-	diskFree                        int64  // percent of the file system that they leave free
+	diskLimit, diskFree             int64  // bytes for all files together; percent to leave free
 }
 
-// readConfig names what is missing or wrong. The program ends then: to wait would mend none of it.
+// readConfig returns an error that names all that is missing or wrong.
 func readConfig(getenv func(string) string) (cfg config, err error) {
-	// Without a node, spec.nodeName= would select the pods that no node has.
-	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
+	required := func(name string) string {
 		if getenv(name) == "" {
-			return cfg, fmt.Errorf("%s is empty: it must be set, as it is by daemonset.yaml and Kubernetes", name)
+			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes sets it", name))
 		}
+		return getenv(name)
 	}
 	number := func(name string, standard, least, most int64) int64 {
-		value := cmp.Or(getenv(name), strconv.FormatInt(standard, 10))
-		n, parsing := strconv.ParseInt(value, 10, 64)
-		if parsing != nil || n < least || n > most {
-			err = fmt.Errorf("%s is %q: it must be a number from %d to %d", name, cut(value), least, most)
+		value := cmp.Or(getenv(name), fmt.Sprint(standard))
+		n, parseErr := strconv.ParseInt(value, 10, 64)
+		if parseErr != nil || n < least || n > most {
+			err = errors.Join(err, fmt.Errorf("%s is %q: accepted is a number from %d to %d",
+				name, cut(value), least, most))
 		}
 		return n
 	}
-	hostname, _ := os.Hostname()
-	cfg = config{
-		nodeName: getenv("NODE_NAME"), podName: hostname, proc: "/proc", root: "/",
-		api:       "https://" + net.JoinHostPort(getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")),
-		account:   "/var/run/secrets/kubernetes.io/serviceaccount",
-		diskLimit: number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64) - logBytes,
-		diskFree:  number("DISK_FREE", 15, 0, 99),
-	}
+
+	cfg = config{nodeName: required("NODE_NAME"), proc: "/proc", root: "/",
+		account: "/var/run/secrets/kubernetes.io/serviceaccount"}
+	host, port := required("KUBERNETES_SERVICE_HOST"), required("KUBERNETES_SERVICE_PORT")
+	cfg.url = "https://" + net.JoinHostPort(host, port)
+	cfg.podName, _ = os.Hostname()
+	cfg.podNamespace = readFile(cfg.account + "/namespace")
+	cfg.diskLimit = number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64) - logBytes
+	cfg.diskFree = number("DISK_FREE", 15, 0, 99)
 	return cfg, err
 }
 
-// node is what follow and the captures share.
-type node struct {
+// agent is what the watch and the captures of a node share.
+type agent struct {
 	config
-	kube      *kube
-	processes *processes
-	disk      *disk
-	news      chan *event    // Events to post; nil is the end
-	start     starter        // of tcpdump; another one in tests
-	alive     sync.WaitGroup // captures whose files are not deleted yet
-	ready     atomic.Bool    // the first list has been applied
-	applying  atomic.Int64   // since when follow applies a change, in Unix nanoseconds; 0 while it waits for one
+	api     *client
+	cgroups *cgroups
+	disk    *disk
+	events  *events
+	alive   sync.WaitGroup // captures
+	ready   func()         // called when the watch delivers
+	start   func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 }
 
-func newNode(cfg config) (*node, error) {
-	namespace, err := os.ReadFile(filepath.Join(cfg.account, "namespace"))
+func newAgent(cfg config) (*agent, error) {
+	groups, err := newCgroups(cfg.proc)
 	if err != nil {
-		return nil, fmt.Errorf("the service account, which the DaemonSet mounts: %w", err)
+		return nil, fmt.Errorf("the host's processes can't be seen, for which hostPID, CAP_SYS_PTRACE and, "+
+			"with AppArmor, a profile that allows ptrace (Unconfined) are needed: %w", err)
 	}
-	cfg.podNamespace = string(namespace)
-	ps, err := newProcesses(cfg)
-	if err != nil {
-		return nil, fmt.Errorf("the host's namespaces, which need hostPID, CAP_SYS_PTRACE, and on a node with AppArmor "+
-			"a profile that allows ptrace (Unconfined; RuntimeDefault denies it): %w", err)
+	// A container starts with fresh files: the folder is there only if another program has made it.
+	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
+		return nil, fmt.Errorf("another packetcapture runs in this container: %w", err)
 	}
-	if _, err := removeFiles(cfg.root, ""); err != nil {
-		return nil, fmt.Errorf("deleting the files of an earlier run: %w", err)
-	}
-	limit := min(cfg.diskLimit/fileBytes, math.MaxInt32) // tcpdump reads -W with atoi into an int
-	return &node{config: cfg, kube: newKube(cfg.api, cfg.account), processes: ps, news: make(chan *event, 1024), start: start,
-		disk: &disk{config: cfg, limit: int(limit), taken: map[string]pod{}, freed: make(chan struct{})}}, nil
+	a := &agent{config: cfg, api: newClient(cfg.url, cfg.account), cgroups: groups, start: start}
+	limit := int(min(cfg.diskLimit/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
+	a.disk = &disk{config: cfg, limit: limit, owners: map[string]*capture{}}
+	a.events = &events{api: a.api, nodeName: cfg.nodeName, queues: map[string][]event{}}
+	a.events.ctx, a.events.stop = context.WithCancel(context.Background())
+	// The readiness probe only connects. Without the timeout idle connections would pile up.
+	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
+	a.ready = sync.OnceFunc(func() { go probe.ListenAndServe() })
+	return a, nil
 }
 
-// run captures until ctx ends. Then every capture ends, side by side, and the last Events are posted.
-func (n *node) run(ctx context.Context) {
-	recording, stop := context.WithCancel(context.Background())
-	end := func() { stop(); n.news <- nil } // whatever a tcpdump or the API server does
-	context.AfterFunc(ctx, func() { time.AfterFunc(exitGrace, end) })
+// run captures until ctx ends. Then all captures end side by side and the last Events are posted, and
+// exitGrace later it returns in any case, whatever a tcpdump or the API server does.
+func (a *agent) run(ctx context.Context) {
+	defer a.events.stop()
 	go func() {
-		newPodWatch(n).follow(ctx)
-		n.alive.Wait()
-		n.news <- nil
+		newPodWatch(a).follow(ctx)
+		a.alive.Wait()
+		a.events.posting.Wait()
+		a.events.stop()
 	}()
-	n.record(recording)
+	<-ctx.Done()
+	sleep(a.events.ctx, exitGrace)
 }
 
-func (n *node) health() *http.Server {
-	return &http.Server{Handler: n, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second, IdleTimeout: time.Minute}
-}
+// ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
-// ServeHTTP answers /healthz and /readyz. Once the first list is applied, the API server matters for neither.
-func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	since := n.applying.Load()
-	switch {
-	case r.URL.Path == "/readyz" && !n.ready.Load():
-		http.Error(w, "the first list is still to come", http.StatusServiceUnavailable)
-	case r.URL.Path == "/healthz" && since != 0 && time.Since(time.Unix(0, since)) > 30*time.Second:
-		http.Error(w, "a change of a pod is not applied after 30s", http.StatusServiceUnavailable)
-	}
-}
-
-// ---- Follow: a list of the node's pods, then its changes, and what their annotations ask for ----
-
-// pod is what the program keeps of a pod: who it is, and what its annotations ask for.
+// pod is who a pod is, and what its annotations ask for.
 type pod struct {
 	namespace, name, uid string
-	kubeletUID           string // names its cgroups, and its Events: a static pod's is not the API's UID
-	annotated, hasIface  bool
-	value                string // of the annotation
-	files                int    // to rotate through, which apply reads from value
-	filter               string // a pcap filter; "": every packet
-	iface                string // "": eth0, or any for a pod with the host's network
+	kubeletUID           string // in the name of its cgroup: a static pod's is not the API's
+	annotated            bool
+	value, filter, iface string // its annotations
+	files                int    // to rotate through; 0 if value is no number
 }
 
-// followed is what follow keeps of an annotated pod.
 type followed struct {
-	pod         // as it was seen last
-	started pod // as its capture was; zero: none was
-	stop    context.CancelFunc
+	pod     pod      // as it was seen last
+	refusal string   // why its annotations are invalid; "" if they are not
+	capture *capture // for its last valid annotations; nil if there were none
+	stop    context.CancelCauseFunc
 }
 
-// podWatch follows the pods of its node.
 type podWatch struct {
-	*node
-	captures  map[string]*followed // by pod UID: a pod that is recreated under its name is another pod
-	version   string               // resourceVersion of the last list or event, opaque; "0": any, from its cache; "": the newest
+	agent     *agent
+	captures  map[string]*followed // by UID: a pod that is recreated under its name is another pod
+	version   string               // the last resourceVersion
+	seen      map[string]bool      // UIDs that the watch has delivered
 	retry     backoff
-	complaint string // the last error that was logged: nothing is said twice
-	proven    bool   // the last watch gave an event or a second: a server that accepts and closes must not be asked without end
+	complaint string // the last error, without digits; "" when all is well
 }
 
-func newPodWatch(n *node) *podWatch {
-	return &podWatch{node: n, captures: map[string]*followed{}, version: "0", retry: startBackoff, proven: true}
+func newPodWatch(a *agent) *podWatch {
+	captures := map[string]*followed{}
+	return &podWatch{agent: a, captures: captures, version: anyVersion, retry: requestBackoff}
 }
 
-// follow lists the node's pods, and then watches them, until ctx ends. All captures hang on ctx, never on a request's, and
-// notice nothing of this:
-//
-//	list   done                   -> watch
-//	list   410, 504               -> list without a version: the server can't serve that one
-//	watch  ended as agreed        -> watch
-//	watch  410, also in an ERROR  -> list: the server has no history since that version
-//	either any trouble            -> the same again, after a wait
+// follow watches until ctx ends. No trouble with a watch stops a capture.
 func (w *podWatch) follow(ctx context.Context) {
-	var relisted time.Time
-	for step := w.list; ctx.Err() == nil; {
-		err := step(ctx)
-		switch {
-		case err == nil:
-			step = w.watch
+	for ctx.Err() == nil {
+		version := w.version
+		err := w.watch(ctx)
+		isGone := statusOf(err) == http.StatusGone
+
+		// Begin anew if the server has no history since our version, and also if it has sent nothing, not
+		// even a bookmark: then it is behind us, as after a restore of etcd.
+		if isGone || err == nil && w.version == version {
+			w.version = anyVersion
+		}
+		// After the time limit, and when a version is gone for the first time, watch again at once.
+		if err == nil || isGone && version != anyVersion || ctx.Err() != nil {
 			continue
-		case ctx.Err() != nil:
-			return
-		case isStatus(err, http.StatusGone):
-			step = w.list
-			if time.Since(relisted) > time.Second { // at once, but not without end
-				relisted = time.Now()
-				continue
-			}
 		}
-		wait, cause := w.retry.next(err), err.Error()
-		if network := new(net.OpError); errors.As(err, &network) {
-			cause = network.Err.Error() // without the port, which differs each time
+		// Digits do not count: the text may contain a port, which differs each time.
+		complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
+		if complaint != w.complaint {
+			w.complaint = complaint
+			slog.Warn("the pods can't be watched, captures go on", "error", err)
 		}
-		if w.complaint != cause {
-			w.complaint = cause
-			slog.Warn("the pods can't be watched, captures go on", "error", err, "retryIn", wait)
-		}
-		sleep(ctx, wait)
+		sleep(ctx, w.retry.next(err))
 	}
 }
 
-// ask sends a list or a watch; the caller closes the answer. Of a pod only the metadata is asked for: it holds the
-// annotations, and spec and status are the larger part.
-func (w *podWatch) ask(ctx context.Context, kind string, query url.Values) (io.ReadCloser, error) {
-	query.Set("fieldSelector", "spec.nodeName="+w.nodeName)
-	query.Set("resourceVersion", w.version)
-	return w.kube.do(ctx, "GET", "/api/v1/pods?"+query.Encode(), "application/json;as="+kind+";g=meta.k8s.io;v=v1", nil)
-}
-
-// list applies the node's pods: what the list does not hold is stopped, what it holds goes on. It sets no limit, which
-// would bypass the server's cache.
-func (w *podWatch) list(ctx context.Context) error {
-	asking, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	answer, err := w.ask(asking, "PartialObjectMetadataList", url.Values{})
-	if isStatus(err, http.StatusGone, http.StatusGatewayTimeout) {
-		w.version = ""
-	}
-	if err != nil {
-		return err
-	}
-	defer answer.Close()
-	var l object
-	if err := json.NewDecoder(answer).Decode(&l); err != nil {
-		return err
-	}
-	if l.Metadata.ResourceVersion == "" {
-		return errors.New("the list has no resourceVersion")
-	}
-	there := map[string]bool{}
-	for _, o := range l.Items {
-		there[o.Metadata.UID] = true
-		w.apply(ctx, o.pod())
-	}
-	for uid := range w.captures {
-		if !there[uid] {
-			w.forget(uid)
-		}
-	}
-	w.version = l.Metadata.ResourceVersion
-	w.ready.Store(true)
-	return nil
-}
-
-// watch applies changes until the server ends it, which it is asked to do after 5 to 10 minutes, so that the watches
-// of many nodes spread; 30 s later it ends in any case. It returns nil when it ended as agreed.
+// watch applies events until the stream ends, and returns nil if that was its time limit: 5 to 10
+// minutes, so that the nodes' watches spread. It asks for metadata alone: a pod's rest is larger.
 func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
 	defer cancel()
-	answer, err := w.ask(asking, "PartialObjectMetadata",
-		url.Values{"watch": {"true"}, "allowWatchBookmarks": {"true"}, "timeoutSeconds": {strconv.Itoa(limit)}})
+	path := fmt.Sprintf("/api/v1/pods?fieldSelector=spec.nodeName%%3D%s&watch=true&resourceVersion=%s"+
+		"&allowWatchBookmarks=true&timeoutSeconds=%d", w.agent.nodeName, url.QueryEscape(w.version), limit)
+	accept := "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+	body, err := w.agent.api.do(asking, "GET", path, accept, nil)
 	if err != nil {
 		return err
 	}
-	defer answer.Close()
-	if w.proven {
-		w.recovered()
-	}
-	w.proven = false
-	for began, decoder := time.Now(), json.NewDecoder(answer); err == nil; {
+	defer body.Close()
+
+	// A server that accepts watches and closes them must not be asked without end: a watch works if it
+	// brings us to another version, or lasts a second.
+	w.seen = map[string]bool{}
+	version, began, works := w.version, time.Now(), false
+	for decoder := json.NewDecoder(body); err == nil; {
 		err = w.next(ctx, decoder)
-		if err == nil || time.Since(began) >= time.Second {
-			w.proven, w.retry = true, requestBackoff
-			w.recovered()
+		works = w.version != version || time.Since(began) >= time.Second
+		if works {
+			w.retry = requestBackoff
+		}
+		if works && w.complaint != "" {
+			w.complaint = ""
+			slog.Info("the pods are watched again")
 		}
 	}
-	if w.proven && err == io.EOF {
+	if works && err == io.EOF {
 		return nil
 	}
 	return err
 }
 
-// recovered logs that the watch is back, if it was gone.
-func (w *podWatch) recovered() {
-	if w.complaint != "" {
-		w.complaint = ""
-		slog.Info("the pods are watched again")
-	}
-}
-
-// next applies the next event and keeps its resourceVersion. ERROR has none; a BOOKMARK has nothing else.
+// next applies one event of the watch. A watch from anyVersion begins with all pods as ADDED, in any
+// order. The first other event, a bookmark within a minute, says that these were all: captures of pods
+// that did not come are stopped, and from then on a watch can go on from the last event's version.
 func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
-	var e struct { // a new one each time: decoding leaves alone what an event does not name
+	var e struct { // a new one each time: decoding leaves alone what an event does not have
 		Type   string
 		Object object
 	}
 	if err := decoder.Decode(&e); err != nil {
 		return err
 	}
-	version := e.Object.Metadata.ResourceVersion
+	uid, version := e.Object.Metadata.UID, e.Object.Metadata.ResourceVersion
 	switch {
 	case e.Type == "ERROR" || version == "":
-		return &statusError{Code: e.Object.Code, Message: cmp.Or(e.Object.Message, "an event has no resourceVersion")}
+		return &statusError{e.Object.Code, cmp.Or(e.Object.Message, "an event has no resourceVersion"), 0}
 	case e.Type == "ADDED" || e.Type == "MODIFIED":
 		w.apply(ctx, e.Object.pod())
 	case e.Type == "DELETED":
-		w.forget(e.Object.Metadata.UID)
+		w.forget(uid)
+	}
+	w.agent.ready()
+
+	w.seen[uid] = true
+	if w.version == anyVersion {
+		if e.Type == "ADDED" {
+			return nil
+		}
+		for uid := range w.captures {
+			if !w.seen[uid] {
+				w.forget(uid)
+			}
+		}
 	}
 	w.version = version
 	return nil
 }
 
-// apply starts, changes or stops a pod's capture as its annotations ask. Annotations that make no sense are told, and
-// leave alone what runs. A capture that is replaced ends beside the new one, which waits for the name of its files.
+// apply starts, changes or stops a pod's capture as its annotations ask. An invalid annotation
+// produces an Event and does not affect the running capture.
 func (w *podWatch) apply(ctx context.Context, p pod) {
-	w.applying.Store(time.Now().UnixNano())
-	defer w.applying.Store(0)
-	p.files, _ = strconv.Atoi(p.value)
-	p.filter = strings.TrimSpace(p.filter)
-	f := w.captures[p.uid]
+	f := cmp.Or(w.captures[p.uid], &followed{stop: func(error) {}})
 	switch {
 	case !p.annotated:
 		w.forget(p.uid)
 		return
-	case f == nil:
-		f = &followed{stop: func() {}}
-		w.captures[p.uid] = f
 	case f.pod == p:
 		return
 	}
-	f.pod = p
-	switch refusal := w.refusal(ctx, p); {
-	case refusal != "" && f.started.files == 0:
-		w.tell(p, "Warning", "CaptureInvalid", refusal+"; nothing is captured")
-	case refusal != "":
-		w.tell(p, "Warning", "CaptureInvalid", refusal+"; what was asked for before goes on as it was")
-	case p != f.started:
-		f.stop()
-		ctx, f.stop = context.WithCancel(ctx)
-		f.started = p
-		c := &capture{node: w.node, pod: p, told: map[string]time.Time{}}
-		w.alive.Go(func() { c.live(ctx) })
+	c := &capture{agent: w.agent, pod: p, replaces: f.capture, ended: make(chan struct{})}
+	last, goesOn := f.refusal, f.capture != nil && f.capture.pod == p
+	w.captures[p.uid], f.pod, f.refusal = f, p, ""
+	if !goesOn {
+		f.refusal = w.refusal(ctx, c)
+	}
+
+	tell := w.agent.events.tell
+	switch {
+	case f.refusal != "" && (f.refusal == last || ctx.Err() != nil):
+	case f.refusal != "" && f.capture == nil:
+		tell(p, "Warning", "CaptureInvalid", f.refusal+"; nothing is captured")
+	case f.refusal != "":
+		tell(p, "Warning", "CaptureInvalid", f.refusal+"; what was asked for before goes on as it was")
+	case goesOn:
+		tell(p, "Normal", "CaptureContinued",
+			"The annotations are valid again, and the capture went on as it was")
+	default:
+		f.stop(errReplaced)
+		ctx, f.stop = context.WithCancelCause(ctx)
+		f.capture = c
+		w.agent.alive.Go(func() { c.live(ctx) })
 	}
 }
 
-// forget stops the capture of a pod that is no longer annotated, or gone.
 func (w *podWatch) forget(uid string) {
 	if f := w.captures[uid]; f != nil {
-		f.stop()
-		delete(w.captures, uid)
+		f.stop(nil)
 	}
+	delete(w.captures, uid)
 }
 
-// refusal is "", or what of a pod's annotations can't be: what was read, and what is accepted.
-func (w *podWatch) refusal(ctx context.Context, p pod) string {
-	refuse := func(annotation, value, accepted string) string {
-		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
+// refusal says why annotations are invalid, and what is accepted. It is "" if they are valid: then the
+// capture has the room of the one that it replaces.
+func (w *podWatch) refusal(ctx context.Context, c *capture) string {
+	p, limit := c.pod, w.agent.disk.limit
+	refuse := func(annotation, value, accepted string, a ...any) string {
+		said := fmt.Sprintf("the annotation %s is %q: accepted is ", annotation, cut(value))
+		return said + fmt.Sprintf(accepted, a...)
 	}
 	isUnprintable := func(r rune) bool { return !unicode.IsPrint(r) }
+	isName := !strings.HasPrefix(p.iface, "-") && strings.Trim(p.iface, interfaceChars) == ""
 	switch {
-	case p.files < 1 || p.files > w.disk.limit || p.value != strconv.Itoa(p.files): // tcpdump itself takes "5abc" for 5
+	case p.files < 1 || p.files > limit || p.value != strconv.Itoa(p.files): // tcpdump takes "5abc" for 5
 		return refuse(annotation, p.value,
-			"the number of files to rotate through, a plain decimal number from 1 to "+strconv.Itoa(w.disk.limit))
-	case p.hasIface && (p.iface == "" || len(p.iface) > 15 || p.iface[0] == '-' || strings.Trim(p.iface, letters+digits+"._-") != ""):
-		return refuse(interfaceAnnotation, p.iface,
-			"the name of a network interface, or any, at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
-	case strings.ContainsFunc(p.filter, isUnprintable) || len(p.filter) > maxFilter:
+			"the number of files to rotate through, a plain decimal number from 1 to %d", limit)
+	case len(p.iface) > 15 || !isName:
+		return refuse(interfaceAnnotation, p.iface, "the name of a network interface, or any, "+
+			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
+	case len(p.filter) > maxFilter || strings.ContainsFunc(p.filter, isUnprintable):
 		return refuse(filterAnnotation, p.filter,
-			fmt.Sprintf("a pcap filter expression, a line of printable text of at most %d bytes", maxFilter))
+			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter)
 	}
 	if complaint := w.compile(ctx, p); complaint != "" {
-		return refuse(filterAnnotation, p.filter, "a pcap filter expression, in which hosts and ports are numbers; "+complaint)
+		return refuse(filterAnnotation, p.filter,
+			"a pcap filter expression, in which hosts and ports are numbers; %s", complaint)
+	}
+	if free := w.agent.disk.handOver(c); free < p.files {
+		return refuse(annotation, p.value,
+			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
 	}
 	return ""
 }
 
-// compile has tcpdump compile a filter, without a device, and returns what it complains of. Where tcpdump can't do it
-// now, the capture will tell. No name is looked up on the way: see dnsConfig in daemonset.yaml.
+// compile has tcpdump compile a filter, and returns its complaint. It runs in an empty network
+// namespace, where a name can't be looked up: no filter may make DNS queries leave the cluster.
 func (w *podWatch) compile(ctx context.Context, p pod) string {
 	if p.filter == "" {
 		return ""
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	link, output := "EN10MB", &report{listening: func() {}}
-	if s, _ := w.processes.find(p); p.iface == "any" || p.iface == "" && s.isHost {
+	link := "EN10MB"
+	if s, _ := w.agent.cgroups.find(p, sandbox{}); s.device(p) == "any" {
 		link = "LINUX_SLL2"
 	}
-	tcpdump, err := w.start(ctx, nil, "tcpdump", "-y", link, "-d", "--", p.filter)
-	if err == nil && output.read(tcpdump, func() {}) != nil {
-		return output.complaint
+	said := &report{}
+	tcpdump, err := w.agent.start(ctx, nil, "tcpdump", "-y", link, "-d", "--", p.filter)
+	if err == nil {
+		err = said.read(tcpdump, func() {})
 	}
-	return ""
+	if err == nil {
+		return ""
+	}
+	return cmp.Or(said.complaint, err.Error())
 }
 
 // ---- A capture, from its start to its last file ----
 
-// capture is one capture of one pod. Only its own goroutine changes it.
+// capture is one capture of one pod. Its own goroutine changes it.
 type capture struct {
-	*node
-	pod
-	stem    string               // path of its files without digits, /capture-web.pcap; "" while it has no name and no room
-	opened  bool                 // tcpdump has captured into these files
-	counted string               // what tcpdump counted when it ended last
-	told    map[string]time.Time // when each message was told last
-	last    string               // the last one of them
+	agent    *agent
+	pod      pod
+	replaces *capture      // nil if there was none
+	ended    chan struct{} // closed when its files are deleted
+	captured bool          // into files that are there
+	counts   string        // what tcpdump counted last
+	told     string        // the last message
+	stem     string        // the path of its files without digits; "" without room
+	room     int           // in files
 }
 
-// Why a tcpdump was ended although its capture goes on.
-var (
-	errMoved = errors.New("the pod has a new network")
-	errGone  = errors.New("the pod's network is gone")
-	errFull  = errors.New("the disk is full")
-)
+// tell has an Event posted, unless that would say the same again.
+func (c *capture) tell(kind, reason, format string, a ...any) {
+	if message := fmt.Sprintf(format, a...); message != c.told {
+		c.told = message
+		c.agent.events.tell(c.pod, kind, reason, message)
+	}
+}
 
-// live is the life of a capture. It returns when ctx has ended, its tcpdump has exited and its files are deleted.
+// live is the life of a capture, until ctx has ended, tcpdump has exited and the files are deleted.
 func (c *capture) live(ctx context.Context) {
+	defer close(c.ended)
 	defer c.clear()
-	for retry := tcpdumpBackoff; c.awaitNetwork(ctx) && c.awaitRoom(ctx); {
-		began := time.Now()
-		err := c.runTcpdump(ctx)
-		if ctx.Err() != nil {
+	if c.replaces != nil {
+		<-c.replaces.ended
+		c.replaces = nil
+	}
+
+	for retry := tcpdumpBackoff; ; {
+		s, ok := c.await(ctx)
+		if !ok && !c.captured && c.told != "" && context.Cause(ctx) != errReplaced {
+			c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
+		}
+		if !ok {
 			return
 		}
-		if time.Since(began) > retry.most {
+		began := time.Now()
+		err := c.runTcpdump(ctx, s)
+		if time.Since(began) > time.Minute {
 			retry.failures = 0
 		}
-		wait := c.explain(err, &retry)
-		if !c.opened {
-			c.clear() // without files it takes no room
-		}
-		sleep(ctx, wait)
-	}
-}
-
-// awaitNetwork returns true when the pod has its network, and false when ctx ends first. Between a pod's network and its
-// first container there is little time, so it looks often.
-func (c *capture) awaitNetwork(ctx context.Context) bool {
-	began, poll := time.Now(), birthPoll
-	for told := false; ctx.Err() == nil; sleep(ctx, poll) {
-		_, found := c.processes.find(c.pod)
-		waited := time.Since(began)
+		now, hasNetwork := c.agent.cgroups.find(c.pod, s)
 		switch {
-		case found:
-			return true
-		case waited >= goneTime && c.opened && !told:
-			told = true
-			c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod's network is gone, the files stay until the annotation "+
-				"or the pod goes, or the pod has a new network", 0)
-		case waited >= waitingTime && !c.opened && !told:
-			told = true
-			c.tell("Warning", "CaptureWaiting", "Waiting for the pod's network: it does not run yet, or has ended; the capture starts "+
-				"when it has one", 0)
-		case waited >= birthTime: // at whole seconds: all that wait look together then, and share one look at /proc
-			poll = time.Until(time.Now().Truncate(time.Second).Add(time.Second))
+		case ctx.Err() != nil:
+		case c.captured && hasNetwork && now.network != s.network:
+			c.tell("Normal", "CaptureStopped",
+				"Stopped: %s; the pod's new network is captured from now on", c.counts)
+		case hasNetwork || err == errFull:
+			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
+			sleep(ctx, retry.next(nil))
 		}
 	}
-	return false
 }
 
-// awaitRoom returns true when the capture has a name and room on the disk, and false when ctx ends first.
-func (c *capture) awaitRoom(ctx context.Context) bool {
-	for told := false; c.stem == ""; {
-		stem, missing, freed := c.disk.take(c.pod)
-		if c.stem = stem; stem != "" {
-			break
+// await returns the pod's network once nothing is missing for a capture, and false if ctx ends first.
+// What has been missing for a while, it tells once.
+func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
+	began, told := time.Now(), ""
+	for ctx.Err() == nil {
+		var missing string
+		if s, missing = c.look(s); missing == "" {
+			return s, true
 		}
-		if missing != "" && !told {
-			told = true
-			c.tell("Warning", "CaptureWaiting", "Waiting for room: "+missing+"; the capture starts by itself when there is enough", 0)
+		waited := time.Since(began)
+		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
+			told = what
+			c.tellWaiting(what, missing)
 		}
-		select {
-		case <-freed:
-		case <-time.After(time.Second):
-		case <-ctx.Done():
-			return false
+		poll := 10 * birthPoll
+		if s.network == "" {
+			poll = birthPoll
 		}
+		if waited >= birthTime || c.captured {
+			poll = time.Second
+		}
+		sleep(ctx, poll)
 	}
-	return true
+	return s, false
 }
 
-// explain tells why tcpdump ended although it is still asked for, and returns how long to wait before it is started again.
-func (c *capture) explain(err error, retry *backoff) (wait time.Duration) {
-	_, hasNetwork := c.processes.find(c.pod)
+// look returns the pod's network, and what is missing for a capture: "<what>: <why>", or "" if nothing
+// is. last is the network that it returned before.
+func (c *capture) look(last sandbox) (s sandbox, missing string) {
+	s, ok := c.agent.cgroups.find(c.pod, last)
+	if !ok && !c.captured {
+		c.clear() // it may have room of the capture that it replaced
+	}
+	device := s.device(c.pod)
 	switch {
-	case errors.Is(err, errMoved) && c.opened:
-		c.tell("Normal", "CaptureStopped", "Stopped: "+c.counted+"; the pod has a new network, in which it is captured from now on", 0)
-	case errors.Is(err, errMoved), errors.Is(err, errGone): // awaitNetwork tells if it stays so
-	case hasNetwork, errors.Is(err, errFull): // else the pod has just ended, which is why tcpdump has
-		wait = retry.next(nil)
-		c.tell("Warning", "CaptureFailed", err.Error(), wait)
+	case !ok:
+		return s, "the pod's network: it does not run yet, or has ended"
+	// tcpdump takes "2" for the second interface, and has devices that are none, such as nflog.
+	case device != "any" && !slices.Contains(s.interfaces, device):
+		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
 	}
-	return wait
+	return s, c.agent.disk.take(c)
 }
 
-// clear deletes the files, which no tcpdump writes any more, and gives name and room back.
+func (c *capture) tellWaiting(what, missing string) {
+	if _, size := findFiles(c.stem); c.captured {
+		c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until the "+
+			"annotation or the pod goes", c.counts, what, size)
+	} else {
+		c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
+	}
+}
+
+// clear deletes the files, which no tcpdump writes any more, and gives their room back.
 func (c *capture) clear() {
-	if c.stem == "" {
-		return
-	}
-	size, err := removeFiles(c.root, c.stem)
-	if err != nil {
-		slog.Error("files can't be deleted", "namespace", c.namespace, "pod", c.name, "error", err)
-	}
-	if c.opened {
-		c.tell("Normal", "CaptureStopped", fmt.Sprintf("Stopped: %s; its files (%d bytes) are deleted", c.counted, size), 0)
-	}
-	c.disk.give(c.stem)
-	c.stem, c.opened = "", false
-}
-
-// tellStarted is called once tcpdump captures.
-func (c *capture) tellStarted(isHost bool, warning string) {
-	kind, message := "Normal", "Capturing into "+fileNames(c.stem, c.files)+", rotated at 1 MB, in "+c.podNamespace+"/"+c.podName
-	add := func(isSo bool, itsKind, text string) {
-		if isSo {
-			kind, message = itsKind, message+"; "+text
+	paths, size := findFiles(c.stem)
+	for _, path := range paths {
+		if err := os.Remove(path); err != nil {
+			slog.Error("a file can't be deleted", "error", err)
 		}
 	}
-	// A Warning comes after all that is normal.
-	add(c.iface != "", "Normal", "the interface is "+c.iface)
-	add(c.filter != "", "Normal", fmt.Sprintf("the filter is %q", cut(c.filter)))
-	add(isHost, "Warning", "this pod has the host's network, so the files hold the whole node's traffic")
-	add(c.opened, "Warning", "tcpdump began again at the first file, and the packets in that one are lost")
-	add(warning != "", "Warning", "tcpdump says: "+warning)
-	c.opened = true
-	c.tell(kind, "CaptureStarted", message, 0)
+	if c.captured {
+		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
+	}
+	c.captured = false
+	c.agent.disk.give(c)
 }
 
-// tell writes a line of the log and an Event of the pod; what failed is tried again after wait. A message is not repeated
-// within repeatTime if it was the last one. If it was not, it is repeated, so that the last Event is true: but not a failure
-// if the last one is less than goneTime old at the next try.
-func (c *capture) tell(kind, reason, message string, wait time.Duration) {
-	now := time.Now()
-	isRepeated := now.Sub(c.told[message]) < repeatTime
-	if isRepeated && (message == c.last || wait > 0 && now.Add(wait).Sub(c.told[c.last]) < goneTime) {
-		return
+// tellStarted tells that tcpdump captures. What is not as usual makes it a Warning.
+func (c *capture) tellStarted(s sandbox, warning string) {
+	kind, more := "Normal", ""
+	if c.pod.filter != "" {
+		more = fmt.Sprintf("; the filter is %q", cut(c.pod.filter))
 	}
-	c.told[message], c.last = now, message
-	if wait > 0 {
-		message += fmt.Sprintf("; it is tried again in %v, and then after growing pauses of up to 30s", wait.Round(100*time.Millisecond))
+	warn := func(isSo bool, text string) {
+		if isSo {
+			kind, more = "Warning", more+"; "+text
+		}
 	}
-	c.node.tell(c.pod, kind, reason, message)
+	warn(s.isHost, "this pod has the host's network, so the files hold the whole node's traffic")
+	warn(c.captured, "tcpdump began again at the first file, and the packets in that one are lost")
+	warn(warning != "", "tcpdump says: "+warning)
+	c.captured = true
+	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
+		fileNames(c.stem, c.pod.files), c.agent.podNamespace, c.agent.podName, s.device(c.pod), more)
 }
 
 // ---- tcpdump: one run of it ----
 
-// runTcpdump captures in the pod's network, and returns why that ended.
-func (c *capture) runTcpdump(ctx context.Context) error {
+// runTcpdump captures until ctx ends, or tcpdump, or oversee stops it. It returns why.
+func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
+	network, err := c.agent.cgroups.open(s, c.pod)
+	if err != nil {
+		return fmt.Errorf("the pod's network can't be opened: %w", err)
+	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	s, tcpdump, err := c.startTcpdump(running)
+	tcpdump, err := c.agent.start(running, network, c.arguments(s.device(c.pod))...)
+	network.Close() // or it would keep the pod's interface alive
 	if err != nil {
-		return err
+		return fmt.Errorf("tcpdump can't be started: %w", err)
 	}
-	output, listens, since := &report{}, false, ""
-	if c.opened {
+
+	ended, end := context.WithCancel(context.Background())
+	c.agent.alive.Go(func() { c.oversee(running, ended, stop, s, tcpdump.pid) })
+	said, since := &report{}, ""
+	if c.captured {
 		since = ", since tcpdump began again"
 	}
-	output.listening = func() {
-		if listens = true; ctx.Err() == nil {
-			c.tellStarted(s.isHost, output.warning)
-		}
-	}
-	seen, ticks := time.Now(), 0 // ticks are the silent seconds since it was told to end
-	err = output.read(tcpdump, func() {
-		if running.Err() == nil {
-			c.oversee(stop, s, tcpdump, &seen)
-		} else if ticks++; ticks == 4 { // it had termGrace, and then SIGKILL
-			c.node.tell(c.pod, "Warning", "CaptureFailed", fmt.Sprintf("tcpdump (PID %d) can't be ended: SIGTERM and SIGKILL were "+
-				"sent, and it still runs (%v); its files stay until it ends", tcpdump.pid, cmp.Or(tcpdump.kill(), errors.New("no error"))))
+	c.counts = "no packet captured"
+	err = said.read(tcpdump, func() {
+		if c.counts = "an unknown number of packets captured"; ctx.Err() == nil { // as if it is killed now
+			c.tellStarted(s, said.warning)
 		}
 	})
-	if listens { // one that was killed has counted nothing
-		c.counted = cmp.Or(strings.Join(output.counts, ", "), "an unknown number of packets captured") + since
-	}
+	end()
+	c.counts = cmp.Or(strings.Join(said.counts, ", "), c.counts) + since
 	if running.Err() != nil {
 		return context.Cause(running)
 	}
-	return fmt.Errorf("tcpdump ended by itself (%s)", output.lastWords(err))
+	status := fmt.Sprint(cmp.Or(err, errors.New("exit status 0")))
+	return fmt.Errorf("tcpdump ended by itself (%s)", cmp.Or(said.complaint, status))
 }
 
-// oversee stops a tcpdump that should no longer run. seen is when a process of the pod was seen last.
-func (c *capture) oversee(stop context.CancelCauseFunc, s sandbox, tcpdump *child, seen *time.Time) {
-	current, ok := s, true
-	// Nothing has changed while that process is in that network, and tcpdump itself notices the end of eth0.
-	if network, _ := os.Readlink(s.dir + "/ns/net"); network != s.network || s.isHost || c.iface != "" {
-		current, ok = c.processes.find(c.pod)
+// oversee stops a tcpdump that should not run any more, and tells of one that can't be ended.
+func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
+	hadNetwork := time.Now()
+	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
+		now, ok := c.agent.cgroups.find(c.pod, s)
+		if !ok { // while a pod of CRI-O crashes, only tcpdump is in its network
+			now, ok = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: strconv.Itoa(pid)})
+		}
+		if ok {
+			hadNetwork = time.Now()
+		}
+		switch {
+		case c.agent.disk.isFull():
+			stop(errFull)
+		case ok && now.network != s.network:
+			stop(errors.New("the pod has a new network"))
+		case time.Since(hadNetwork) >= ringDelay:
+			stop(errors.New("the pod's network is gone"))
+		}
 	}
-	patience := emptyTime
-	if !ok && !s.isHost && !slices.Contains(interfaces(fmt.Sprintf("%s/%d", c.proc, tcpdump.pid)), podInterface) {
-		patience = lastPackets
-	}
-	switch {
-	case c.disk.isFull():
-		stop(fmt.Errorf("%w: the capture stops, and the last packets of its files may be cut", errFull))
-	case ok && current.network != s.network:
-		stop(errMoved)
-	case ok:
-		*seen = time.Now()
-	case time.Since(*seen) >= patience:
-		stop(errGone)
+	if sleep(ended, termGrace+time.Second); ended.Err() == nil {
+		why := "SIGTERM and SIGKILL were sent, and it still runs; its files stay until it ends"
+		c.agent.events.tell(c.pod, "Warning", "CaptureFailed",
+			fmt.Sprintf("tcpdump (PID %d) can't be ended: %s", pid, why))
 	}
 }
 
-// startTcpdump starts tcpdump in the pod's network. ctx ends it.
-func (c *capture) startTcpdump(ctx context.Context) (s sandbox, tcpdump *child, err error) {
-	s, ok := c.processes.find(c.pod)
-	switch {
-	case !ok:
-		return s, nil, errGone
-	case c.disk.isFull():
-		return s, nil, errFull
-	}
-	device := cmp.Or(c.iface, podInterface)
-	if s.isHost {
-		device = cmp.Or(c.iface, "any")
-	}
-	// tcpdump takes "2" for the second interface that there is, and has devices that are none, such as nflog.
-	if names := interfaces(s.dir); device != "any" && !slices.Contains(names, device) {
-		return s, nil, fmt.Errorf("the pod has no interface %s, but %s", device, cut(strings.Join(names, ", ")))
-	}
-	network, err := c.processes.open(s, c.pod)
-	if err != nil {
-		return s, nil, fmt.Errorf("the pod's network can't be opened: %w", err)
-	}
-	defer network.Close() // at once: an open file keeps the namespace, and the pod's interface, alive
-	tcpdump, err = c.start(ctx, network, c.arguments(device)...)
-	if err != nil {
-		return s, nil, fmt.Errorf("tcpdump can't be started: %w", err)
-	}
-	return s, tcpdump, nil
-}
-
-// arguments are nsenter's. It execs, so that the child's PID is tcpdump's.
+// arguments are nsenter's, which execs: the child's PID is tcpdump's. live has those behind the path.
 func (c *capture) arguments(device string) []string {
-	arguments := []string{
-		"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump",
-		"-C", "1", // 1,000,000 bytes; "1M" is an error before 4.99.6
-		"-W", strconv.Itoa(c.files),
-		"-w", c.stem,
-		"-U",         // each packet is written as it comes, or a file stays empty until 4 KiB are there
-		"-Z", "root", // or it becomes user tcpdump, who may not open the next file in /
-		"-p", // not promiscuous: the pod's own packets
-		"-i", device,
-		// KiB of the kernel's ring. Of packets of 200 bytes at 50,000 and 150,000 a second, the default of 2 MiB lost none
-		// and up to 2 %, with 4 to 64 MiB none. Never --immediate-mode: packets are in the file up to a second earlier, but
-		// it lost 27 % and 35 %, with 16 MiB 1 % and 9 %.
-		"-B", "4096",
-	}
-	if c.filter != "" {
-		arguments = append(arguments, "--", c.filter) // never an option
+	// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet
+	// as it comes. With -Z root it may create the next file in /, which the user tcpdump may not. -p keeps
+	// to the pod's own packets. -B 4096 is a ring of 4 MiB, for a tcpdump that is held up: make measure.
+	arguments := []string{"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump", "-C", "1",
+		"-W", strconv.Itoa(c.pod.files), "-w", c.stem, "-U", "-Z", "root", "-p", "-i", device, "-B", "4096"}
+	if c.pod.filter != "" {
+		arguments = append(arguments, "--", c.pod.filter) // never an option
 	}
 	return arguments
 }
 
-// starter starts a program, with network, if any, as its descriptor 3. When ctx ends the program gets SIGTERM, and after
-// termGrace SIGKILL. Its stderr must be read to the end, and then wait be called.
-type starter func(ctx context.Context, network *os.File, arguments ...string) (*child, error)
-
-// child is a program that runs.
-type child struct {
+// process is a program that runs. Its stderr must be read to the end, and then wait be called.
+type process struct {
 	pid    int
-	stderr interface {
-		io.Reader
-		SetReadDeadline(time.Time) error
-	}
-	wait, kill func() error
+	stderr io.Reader
+	wait   func() error
 }
 
-func start(ctx context.Context, network *os.File, arguments ...string) (*child, error) {
+// start starts a program with a network namespace as its descriptor 3 or, without one, in an empty
+// network namespace. When ctx ends, the program gets SIGTERM, and after termGrace SIGKILL.
+func start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
 	cmd := exec.CommandContext(ctx, arguments[0], arguments[1:]...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = termGrace
-	cmd.ExtraFiles = []*os.File{network}
+	if network != nil {
+		cmd.ExtraFiles, cmd.Stdout = []*os.File{network}, os.Stdout
+	} else {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	}
 	stderr, err := cmd.StderrPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -767,43 +705,23 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*child, 
 	if err != nil {
 		return nil, err
 	}
-	return &child{cmd.Process.Pid, stderr.(*os.File), cmd.Wait, cmd.Process.Kill}, nil
+	return &process{cmd.Process.Pid, stderr, cmd.Wait}, nil
 }
 
-// report is what a tcpdump says on stderr.
 type report struct {
-	listening func()   // called when it says that it captures
 	warning   string   // its first one
 	complaint string   // the last thing that it or nsenter complained of
 	counts    []string // what it counted, at its end
-	rest      string   // a line that has not ended yet
 }
 
-// read takes what a program says until it ends, and returns how. After each second of silence it calls tick. Unlike
-// waiting for a process, this blocks no thread.
-func (r *report) read(program *child, tick func()) error {
-	for text := make([]byte, 512); ; {
-		program.stderr.SetReadDeadline(time.Now().Add(time.Second))
-		n, err := program.stderr.Read(text)
-		r.take(string(text[:n]))
-		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			tick()
-		case err != nil:
-			return program.wait()
-		}
-	}
-}
-
-func (r *report) take(text string) {
-	lines := strings.Split(r.rest+text, "\n")
-	last := len(lines) - 1
-	r.rest = lines[last][max(0, len(lines[last])-4096):]
-	for _, line := range lines[:last] {
+// read takes what a program says until it ends, and returns how. It calls listening when it captures.
+func (r *report) read(program *process, listening func()) error {
+	for lines := bufio.NewScanner(program.stderr); lines.Scan(); {
+		line := lines.Text()
 		first, _, _ := strings.Cut(line, " ")
 		switch {
 		case strings.Contains(line, "listening on "):
-			r.listening()
+			listening()
 		case strings.HasSuffix(line, " captured"): // "1 packet captured"
 			r.counts = append(r.counts, line)
 		case strings.HasSuffix(line, " dropped by kernel"):
@@ -814,85 +732,99 @@ func (r *report) take(text string) {
 			r.complaint = cut(line)
 		}
 	}
-}
-
-// lastWords says why tcpdump ended: the signal that ended it, what it complained of, or its status.
-func (r *report) lastWords(err error) string {
-	if exit := new(exec.ExitError); errors.As(err, &exit) && !exit.Exited() {
-		return err.Error()
-	}
-	return cmp.Or(r.complaint, fmt.Sprint(cmp.Or(err, errors.New("exit status 0"))))
+	io.Copy(io.Discard, program.stderr) // a line of more than 64 KiB ends the scanner
+	return program.wait()
 }
 
 // ---- Files, and the room for them ----
 
-// disk is the room that all captures share, and the names of their files.
+// disk is the room and the names that all captures share.
 type disk struct {
 	config
-	limit int // files that all captures together may have
-
-	mu    sync.Mutex
-	taken map[string]pod // by stem: whose files have that name, and the room that they need
-	freed chan struct{}  // closed when one is given back; then there is a new one
+	limit  int // files that all captures together may have
+	mu     sync.Mutex
+	owners map[string]*capture // by stem: who has room
 }
 
-// take gives a capture a name and room for its files. It returns the stem; or none, and what is missing, which is "" while
-// an earlier capture of the pod, or of one of the same name, has the name. A pod whose name a pod of another namespace has
-// gets its UID behind a "_", which is in no pod name. freed is closed when it is worth another try.
-func (d *disk) take(p pod) (stem, missing string, freed <-chan struct{}) {
+func (d *disk) link(p pod) string { return filepath.Join(d.root, "captures", p.namespace+"_"+p.name) }
+
+// free returns how many files the capture of a stem may have. The lock is held.
+func (d *disk) free(stem string) int {
+	free := d.limit
+	for other, owner := range d.owners {
+		if other != stem {
+			free -= owner.room
+		}
+	}
+	return free
+}
+
+// take gives a capture its stem, its link and room for its files, or returns what is missing. If a pod
+// of another namespace has the same name, a part of the UID follows the name, after a "_" that no name
+// has.
+func (d *disk) take(c *capture) (missing string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	stem = filepath.Join(d.root, "capture-"+p.name+".pcap")
-	special := filepath.Join(d.root, fmt.Sprintf("capture-%s_%.8s.pcap", p.name, p.uid))
-	other, isTaken := d.taken[stem]
-	if isTaken && other.namespace != p.namespace {
-		stem, isTaken = special, false
+	stem := cmp.Or(c.stem, filepath.Join(d.root, "capture-"+c.pod.name+".pcap"))
+	if owner := d.owners[stem]; owner != nil && owner.pod.namespace != c.pod.namespace {
+		stem = filepath.Join(d.root, fmt.Sprintf("capture-%s_%.8s.pcap", c.pod.name, c.pod.uid))
 	}
-	if _, isSpecialTaken := d.taken[special]; isSpecialTaken || isTaken { // by an earlier capture, which ends
-		return "", "", d.freed
+	owner, free := d.owners[stem], d.free(stem)
+	switch {
+	case owner != nil && owner != c:
+		return "its file name: an earlier capture has not ended yet"
+	case d.isFull():
+		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", d.diskFree, fileBytes)
+	case c.pod.files > free:
+		return fmt.Sprintf("room: N=%d is asked for, and %d of the %d files that this node may have "+
+			"are taken", c.pod.files, d.limit-free, d.limit)
+	case owner == nil:
+		if err := os.Symlink(stem, d.link(c.pod)); err != nil {
+			return "its link: " + err.Error()
+		}
 	}
-	files := 0
-	for _, other := range d.taken {
-		files += other.files
-	}
-	_, written := findFiles(d.root, "")
-	unwritten := int64(files)*fileBytes - written // what they may still take
-	free, total := space(d.root)
-	free -= total/100*d.diskFree + unwritten + fileBytes // one is spare, or isFull would stop captures that have filled theirs
-	switch size := int64(p.files) * fileBytes; {
-	case files+p.files > d.limit:
-		missing = fmt.Sprintf("N=%d is asked for, and %d of the %d files that this node may have are taken", p.files, files, d.limit)
-	case free < size:
-		missing = fmt.Sprintf("N=%d can take %d bytes, and the disk has %d for them, with %d %% of it left free",
-			p.files, size, max(0, free), d.diskFree)
-	default:
-		d.taken[stem] = p
-		return stem, "", nil
-	}
-	return "", missing, d.freed
+	c.stem, c.room, d.owners[stem] = stem, c.pod.files, c
+	return ""
 }
 
-func (d *disk) give(stem string) {
+// handOver gives a capture the room of the one that it replaces, so that nobody takes it in between,
+// and more if it asks for more. It returns how many files are free for it. If they are too few, it
+// does nothing.
+func (d *disk) handOver(c *capture) (free int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.taken, stem)
-	close(d.freed)
-	d.freed = make(chan struct{})
+	old := c.replaces
+	if old == nil || d.owners[old.stem] != old {
+		return d.limit // it will wait for its room
+	}
+	if free = d.free(old.stem); c.pod.files <= free {
+		// Until the old capture's files are deleted, both may be there.
+		c.stem, c.room, d.owners[old.stem] = old.stem, max(old.room, c.pod.files), c
+	}
+	return free
 }
 
-// isFull reports whether the disk has room for not even one file: tcpdump would go on, and cut its files without a word.
+// give takes a capture's room back, if it has not been handed over.
+func (d *disk) give(c *capture) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	switch owner := d.owners[c.stem]; {
+	case owner == c:
+		os.Remove(d.link(c.pod))
+		delete(d.owners, c.stem)
+	case owner != nil:
+		owner.room = owner.pod.files // it has waited for these files to be deleted
+	}
+	c.stem, c.room = "", 0
+}
+
+// isFull reports whether less is free than captures leave free, or than one file takes. On a full disk
+// tcpdump would go on, and cut its files without a word.
 func (d *disk) isFull() bool {
-	free, _ := space(d.root)
-	return free < fileBytes
-}
-
-// space is what a folder's file system has free and has in all, in bytes; one that does not say is not taken for full.
-func space(folder string) (free, total int64) {
 	var stat syscall.Statfs_t
-	if err := syscall.Statfs(folder, &stat); err != nil {
-		return math.MaxInt64, 0
-	}
-	return int64(stat.Bavail) * int64(stat.Bsize), int64(stat.Blocks) * int64(stat.Bsize)
+	err := syscall.Statfs(d.root, &stat)
+	free, total := int64(stat.Bavail)*stat.Bsize, int64(stat.Blocks)*stat.Bsize
+	return err == nil && free < max(fileBytes, total/100*d.diskFree)
 }
 
 // fileNames names a capture's files as tcpdump does: one has no digits, more have as many as n-1.
@@ -904,330 +836,365 @@ func fileNames(stem string, n int) string {
 	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
 }
 
-// findFiles returns the paths of a capture's files, or with stem "" of all captures', and their bytes. web's are never
-// those of web-2 or web.pcap0.
-func findFiles(root, stem string) (paths []string, size int64) {
-	all, _ := filepath.Glob(filepath.Join(root, "capture-*.pcap*"))
+// findFiles returns the paths of a capture's files, and how many bytes they have. The files of web are
+// never those of web-2, or of a pod that is named web.pcap0.
+func findFiles(stem string) (paths []string, size int64) {
+	if stem == "" {
+		return nil, 0
+	}
+	all, _ := filepath.Glob(stem + "*")
 	for _, path := range all {
-		its := strings.TrimRight(path, digits)
-		if isMeant := its == stem || stem == "" && strings.HasSuffix(its, ".pcap"); !isMeant {
-			continue
-		}
-		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
-			paths = append(paths, path)
-			size += info.Size()
+		if info, err := os.Lstat(path); err == nil && strings.TrimRight(path, digits) == stem {
+			paths, size = append(paths, path), size+info.Size()
 		}
 	}
 	return paths, size
 }
 
-// removeFiles deletes what findFiles finds.
-func removeFiles(root, stem string) (size int64, err error) {
-	paths, size := findFiles(root, stem)
-	for _, path := range paths {
-		err = errors.Join(err, os.Remove(path))
-	}
-	return size, err
+// ---- A pod's cgroup, its processes and its network ----
+
+// cgroups is the kernel's tree of cgroups, which knows whether a pod is on the node, and its processes.
+type cgroups struct {
+	proc    string
+	tree    string   // its root; with cgroup v1 the root of one of its hierarchies
+	classes []string // the cgroups that hold those of the pods, one of each QoS class
+	hostNet string   // the network of the host's first process
+	mu      sync.Mutex
+	strays  []string // all containers' cgroups that are beside their pods', as they were listed last
+	listed  time.Time
 }
 
-// ---- A pod's network namespace ----
-
-// processes knows the node's processes and the pods that they belong to, whatever the runtime.
-type processes struct {
-	config
-	hostNet  string      // the network of the host's first process
-	hostRoot os.FileInfo // and its files
-
-	mu             sync.Mutex
-	known          map[string]*process // by folder
-	looked, forgot time.Time
-}
-
-type process struct {
-	pod   string    // UID of the pod that its cgroup names, or ""
-	born  uint64    // when it started, in clock ticks since boot
-	first time.Time // when it was seen first
-	grown bool      // its cgroup was read two seconds after that, or later
-}
-
-// sandbox is a pod's network namespace, and a process that is in it.
+// sandbox is a pod's network, and a process that is in it.
 type sandbox struct {
-	network string // "net:[4026532281]": names the namespace as long as it lives
-	dir     string // of the process
-	isHost  bool
+	network, pid string // "net:[4026532281]" names a namespace as long as it lives
+	isHost       bool
+	interfaces   []string
 }
 
-func newProcesses(cfg config) (*processes, error) {
-	hostNet, err := os.Readlink(cfg.proc + "/1/ns/net")
+func (s sandbox) device(p pod) string {
+	if s.isHost {
+		return cmp.Or(p.iface, "any")
+	}
+	return cmp.Or(p.iface, podInterface)
+}
+
+// newCgroups finds kubepods, which is a level deeper in kind. cgroup v1 has it in each hierarchy: those
+// of systemd and pids have the fewest files to look through.
+func newCgroups(proc string) (g *cgroups, err error) {
+	g = &cgroups{proc: proc}
+	if g.hostNet, err = os.Readlink(proc + "/1/ns/net"); err != nil {
+		return nil, err
+	}
+	root := proc + "/1/root/sys/fs/cgroup"
+	trees := []string{root + "/systemd", root + "/pids", root}
+	for _, g.tree = range trees {
+		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
+			found, _ := filepath.Glob(g.tree + name)
+			if len(found) == 0 {
+				continue
+			}
+			prefix, suffix := found[0]+"/", ""
+			if slice, isSystemd := strings.CutSuffix(filepath.Base(found[0]), ".slice"); isSystemd {
+				prefix, suffix = prefix+slice+"-", ".slice"
+			}
+			g.classes = []string{prefix + "burstable" + suffix, prefix + "besteffort" + suffix, found[0]}
+			return g, nil
+		}
+	}
+	return nil, fmt.Errorf("no cgroup kubepods is in %s", strings.Join(trees, " or "))
+}
+
+// of returns the path of a pod's cgroup. It is "" before the kubelet has made it, and after the pod has
+// ended: the kubelet removes it 1 to 2 s after the last container.
+func (g *cgroups) of(p pod) string {
+	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
+		return "" // it must not become a part of a path
+	}
+	for _, class := range g.classes {
+		path := class + "/pod" + p.kubeletUID
+		if slice, isSystemd := strings.CutSuffix(class, ".slice"); isSystemd {
+			uid := strings.ReplaceAll(p.kubeletUID, "-", "_")
+			path = class + "/" + filepath.Base(slice) + "-pod" + uid + ".slice"
+		}
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+// find returns the network of a pod: that of the oldest process, since containers may make networks of
+// their own. As long as last's process is in it, nothing has changed.
+func (g *cgroups) find(p pod, last sandbox) (found sandbox, ok bool) {
+	cgroup := g.of(p)
+	if cgroup == "" {
+		return found, false
+	}
+	if s, isPods := g.sandboxOf(last.pid); isPods && s.network == last.network {
+		return s, true
+	}
+	pids := processesIn(cgroup)
+	if len(pids) == 0 {
+		for _, stray := range g.straysOf(cgroup) {
+			pids = append(pids, processesIn(stray)...)
+		}
+	}
+	oldest := uint64(math.MaxUint64)
+	for _, pid := range pids {
+		s, isPods := g.sandboxOf(pid)
+		if born := g.startTime(pid); isPods && born < oldest {
+			found, ok, oldest = s, true, born
+		}
+	}
+	return found, ok
+}
+
+// sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has one of
+// its own without interfaces. A process in the host's network that has the host's files as well belongs
+// to the runtime, and has not entered the pod's network yet.
+func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
+	dir := filepath.Join(g.proc, pid)
+	network, err := os.Readlink(dir + "/ns/net")
+	if err != nil {
+		return s, false
+	}
+	s = sandbox{network: network, pid: pid, isHost: network == g.hostNet}
+	for line := range strings.Lines(readFile(dir + "/net/dev")) {
+		if name, _, ok := strings.Cut(line, ":"); ok {
+			s.interfaces = append(s.interfaces, strings.TrimSpace(name))
+		}
+	}
+	if !s.isHost {
+		return s, slices.Contains(s.interfaces, podInterface)
+	}
+	files, err := os.Stat(dir + "/root")
+	hosts, hostErr := os.Stat(g.proc + "/1/root")
+	return s, err == nil && hostErr == nil && !os.SameFile(files, hosts)
+}
+
+// open opens a pod's network, whose file the caller closes. The process may have ended since it was
+// found, and its PID be another pod's. So the pod's network is found once more when the file is open.
+func (g *cgroups) open(s sandbox, p pod) (*os.File, error) {
+	file, err := os.Open(filepath.Join(g.proc, s.pid, "ns/net"))
 	if err != nil {
 		return nil, err
 	}
-	hostRoot, err := os.Stat(cfg.proc + "/1/root")
-	return &processes{config: cfg, hostNet: hostNet, hostRoot: hostRoot, known: map[string]*process{}}, err
-}
-
-// find returns the network of a pod, by what is known, or after a look. One look serves all who ask within birthPoll.
-func (ps *processes) find(p pod) (sandbox, bool) {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	s, ok := ps.oldest(p)
-	if now := time.Now(); !ok && now.Sub(ps.looked) >= birthPoll {
-		ps.look(now)
-		ps.looked = time.Now() // its end: it takes longer on a large node
-		s, ok = ps.oldest(p)
-	}
-	return s, ok
-}
-
-// open opens the network namespace, whose file the caller closes. The process may have ended since it was found, and its
-// PID may be another's, which must never be captured: so it is checked once more when the file is open.
-func (ps *processes) open(s sandbox, p pod) (*os.File, error) {
-	file, err := os.Open(s.dir + "/ns/net")
-	if err != nil {
-		return nil, err
-	}
-	if now, ok := ps.networkOf(s.dir, p); !ok || now.network != s.network {
+	now, ok := g.find(p, sandbox{})
+	if opened, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd())); !ok || opened != now.network {
 		file.Close()
 		return nil, errors.New("the process that it was found by has ended")
 	}
 	return file, nil
 }
 
-// oldest is the network of the process that started first, of those that are in the pod's network. Containers start after it,
-// and may have networks of their own within. The lock is held.
-func (ps *processes) oldest(p pod) (s sandbox, ok bool) {
-	if p.namespace == ps.podNamespace && p.name == ps.podName { // on cgroup v2 the path of its own cgroup is cut, and names no pod
-		return ps.networkOf(ps.proc+"/self", p)
+// straysOf returns the cgroups of a pod's containers that are not below the pod's: a runtime that makes
+// them itself takes the path of a slice, which the kubelet has systemd make, for a plain name.
+func (g *cgroups) straysOf(cgroup string) []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if time.Since(g.listed) >= 4*birthPoll { // all captures share the list
+		v2, _ := filepath.Glob(g.tree + "/system.slice/*.slice:*:*")
+		v1, _ := filepath.Glob(g.tree + "/system.slice/*.service/*.slice:*:*")
+		g.strays, g.listed = append(v2, v1...), time.Now()
 	}
-	born := uint64(math.MaxUint64)
-	for dir, known := range ps.known {
-		if known.pod != p.kubeletUID || known.born >= born {
-			continue
-		}
-		if its, isPods := ps.networkOf(dir, p); isPods {
-			s, ok, born = its, true, known.born
-		}
-	}
-	return s, ok
+	return slices.DeleteFunc(slices.Clone(g.strays), func(stray string) bool {
+		return !strings.HasPrefix(filepath.Base(stray), filepath.Base(cgroup)+":")
+	})
 }
 
-// networkOf returns the network of a process, if it is the pod's: not an empty one (gVisor's gofer) or one that is still being
-// set up, nor the host's through a process that has the host's files as well, which is the runtime's (CRI-O's monitor, or
-// one that is still to become the pod's).
-func (ps *processes) networkOf(dir string, p pod) (sandbox, bool) {
-	network, err := os.Readlink(dir + "/ns/net")
-	if err != nil {
-		return sandbox{}, false
+func processesIn(cgroup string) []string {
+	pids := strings.Fields(readFile(cgroup + "/cgroup.procs"))
+	var stat syscall.Stat_t
+	if syscall.Stat(cgroup, &stat); stat.Nlink == 2 {
+		return pids // a folder has two links and one for each folder in it: it need not be read
 	}
-	s := sandbox{network, dir, network == ps.hostNet}
-	if s.isHost {
-		root, err := os.Stat(dir + "/root")
-		if err != nil || os.SameFile(root, ps.hostRoot) {
-			return s, false
+	below, _ := os.ReadDir(cgroup)
+	for _, entry := range below {
+		if entry.IsDir() {
+			pids = append(pids, processesIn(cgroup+"/"+entry.Name())...)
 		}
-	} else if !slices.Contains(interfaces(dir), podInterface) {
-		return s, false
 	}
-	return s, dir == ps.proc+"/self" || podOf(readFile(dir+"/cgroup")) == p.kubeletUID
+	return pids
 }
 
-// look takes note of the processes that there are, and of their pods. A process enters its cgroup after it has started:
-// so its cgroup is read again until it is a pod's, or two seconds have passed. All are forgotten now and then: PIDs become others'.
-// The lock is held.
-func (ps *processes) look(now time.Time) {
-	if now.Sub(ps.forgot) >= 10*time.Second {
-		clear(ps.known)
-		ps.forgot = now
-	}
-	names, _ := filepath.Glob(ps.proc + "/[1-9]*")
-	for _, dir := range names {
-		known := ps.known[dir]
-		if known == nil {
-			known = &process{first: now}
-			ps.known[dir] = known
-		}
-		if known.pod == "" && !known.grown {
-			known.grown = now.Sub(known.first) >= 2*time.Second
-			known.pod = podOf(readFile(dir + "/cgroup"))
-			known.born = startTime(readFile(dir + "/stat"))
-		}
-	}
-}
-
-// podOf is the UID of the pod that a cgroup names: cgroupfs has a folder pod<UID>, systemd one
-// kubepods-burstable-pod<UID with _ for ->.slice. The first one counts: a container may name folders below its own as it
-// likes.
-func podOf(cgroup string) string {
-	for name := range strings.FieldsFuncSeq(cgroup, func(r rune) bool { return r == '/' || r == '\n' }) {
-		name = strings.TrimSuffix(name, ".slice")
-		name = strings.ReplaceAll(name[strings.LastIndex(name, "-pod")+1:], "_", "-")
-		uid, ok := strings.CutPrefix(name, "pod")
-		if ok && uid != "" && strings.Trim(uid, digits+"abcdef-") == "" {
-			return uid
-		}
-	}
-	return ""
-}
-
-// startTime is field 22 of a /proc/<pid>/stat. Field 2, the command, may hold anything and ends at the last ")".
-func startTime(stat string) uint64 {
+// startTime is field 22 of a process's stat, in clock ticks. Field 2, a command, ends at the last ")".
+func (g *cgroups) startTime(pid string) uint64 {
+	stat := readFile(filepath.Join(g.proc, pid, "stat"))
 	fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
 	if len(fields) < 20 {
-		return math.MaxUint64
+		return math.MaxUint64 // it has ended
 	}
 	ticks, _ := strconv.ParseUint(fields[19], 10, 64)
 	return ticks
 }
 
-// interfaces are the names in a process's net/dev, none if it has ended.
-func interfaces(dir string) (names []string) {
-	for line := range strings.Lines(readFile(dir + "/net/dev")) {
-		if name, _, ok := strings.Cut(line, ":"); ok {
-			names = append(names, strings.TrimSpace(name))
-		}
-	}
-	return names
-}
-
-// readFile is a file of /proc as text, "" when its process has ended.
-func readFile(path string) string {
-	text, _ := os.ReadFile(path)
-	return string(text)
-}
-
 // ---- Events ----
 
-// event is an Event of a pod that is still to be posted.
 type event struct {
-	pod
+	pod                   pod
 	kind, reason, message string
 	at                    time.Time
 }
 
+// events posts Events, those of a namespace in their order. No namespace's webhook holds up another's.
+type events struct {
+	api      *client
+	nodeName string
+	ctx      context.Context // of all requests; stop ends it
+	stop     context.CancelFunc
+	posting  sync.WaitGroup
+	mu       sync.Mutex
+	queues   map[string][]event // by namespace, while a goroutine posts them
+}
+
 // tell writes a line of the log and has an Event posted. It never waits.
-func (n *node) tell(p pod, kind, reason, message string) {
-	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
-	slog.Log(context.Background(), level, reason, "namespace", p.namespace, "pod", p.name, "n", cut(p.value), "message", message)
-	select {
-	case n.news <- &event{p, kind, reason, message, time.Now()}:
-	default:
+func (e *events) tell(p pod, kind, reason, message string) {
+	log := slog.Info
+	if kind == "Warning" {
+		log = slog.Warn
+	}
+	log(reason, "namespace", p.namespace, "pod", p.name, "message", message)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	queue, isPosting := e.queues[p.namespace]
+	if len(queue) >= eventQueue {
 		slog.Warn("an Event is lost, too many wait", "namespace", p.namespace, "pod", p.name)
+		return
+	}
+	e.queues[p.namespace] = append(queue, event{p, kind, reason, message, time.Now()})
+	if !isPosting {
+		e.posting.Go(func() { e.postAll(p.namespace) })
 	}
 }
 
-// record posts Events up to the end of them, each again and again while the API server is away, until ctx ends. One that
-// is refused is dropped, which is normal (403) in a namespace that is being deleted.
-func (n *node) record(ctx context.Context) {
-	for e := <-n.news; e != nil && ctx.Err() == nil; e = <-n.news {
-		err := n.post(ctx, e)
-		for retry := requestBackoff; err != nil && !isRefusal(err) && ctx.Err() == nil; err = n.post(ctx, e) {
-			sleep(ctx, retry.next(err))
+func (e *events) postAll(namespace string) {
+	for {
+		e.mu.Lock()
+		queue := e.queues[namespace]
+		if len(queue) == 0 {
+			delete(e.queues, namespace)
+			e.mu.Unlock()
+			return
 		}
-		if err != nil {
-			slog.Warn("an Event is not posted", "namespace", e.namespace, "pod", e.name, "error", err)
-		}
+		e.queues[namespace] = queue[1:]
+		e.mu.Unlock()
+		e.post(queue[0])
 	}
 }
 
-func (n *node) post(ctx context.Context, e *event) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
+// post tries to post an Event until it is there, or never will be.
+func (e *events) post(next event) {
 	type fields = map[string]any
-	at := e.at.UTC().Format(time.RFC3339)
+	p, at := next.pod, next.at.UTC().Format(time.RFC3339)
+	// Times have seconds alone: by their names kubectl lists those of a second in their order.
+	name := fmt.Sprintf("packetcapture-%x-%.8s", next.at.UnixNano(), p.uid)
+	path := "/api/v1/namespaces/" + p.namespace + "/events"
 	body, _ := json.Marshal(fields{ // strings never fail
-		"apiVersion": "v1", "kind": "Event",
-		// Times have seconds alone: by their names kubectl lists those of a second in their order, while a pod has few.
-		"metadata":       fields{"namespace": e.namespace, "generateName": fmt.Sprintf("packetcapture-%x-", e.at.UnixNano())},
-		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod", "namespace": e.namespace, "name": e.name, "uid": e.kubeletUID},
-		"type":           e.kind, "reason": e.reason, "message": e.message, "count": 1,
-		"source":         fields{"component": "packetcapture", "host": n.nodeName},
+		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": p.namespace, "name": name},
+		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod",
+			"namespace": p.namespace, "name": p.name, "uid": p.kubeletUID},
+		"type": next.kind, "reason": next.reason, "message": next.message, "count": 1,
+		"source":         fields{"component": "packetcapture", "host": e.nodeName},
 		"firstTimestamp": at, "lastTimestamp": at,
 	})
-	answer, err := n.kube.do(ctx, "POST", "/api/v1/namespaces/"+e.namespace+"/events", "application/json", body)
-	if err == nil {
-		answer.Close()
+	for retry := requestBackoff; ; {
+		ctx, cancel := context.WithTimeout(e.ctx, 10*time.Second)
+		answer, err := e.api.do(ctx, "POST", path, "application/json", body)
+		cancel()
+		code := statusOf(err)
+		// 401, 429 and 5xx pass. 403, say, does not, in a namespace that is being deleted.
+		isFinal := code > 0 && code < 500 && code != 401 && code != 429
+		switch {
+		case err == nil:
+			answer.Close()
+			return
+		case code == http.StatusConflict: // an earlier try has posted it
+			return
+		case isFinal || time.Since(next.at) >= eventTime || e.ctx.Err() != nil:
+			slog.Warn("an Event is not posted", "namespace", p.namespace, "pod", p.name, "error", err)
+			return
+		}
+		sleep(e.ctx, retry.next(err))
 	}
-	return err
 }
 
 // ---- The API server ----
 
-// object is what is read of the API's types.
 type object struct {
 	Metadata struct {
 		Namespace, Name, UID, ResourceVersion string
 		Annotations                           map[string]string
 	}
-	Items   []object // of a list
-	Code    int      // of a Status, the object of ERROR
+	Code    int // of a Status, the object of ERROR
 	Message string
 }
 
 func (o *object) pod() pod {
 	m := &o.Metadata
-	p := pod{namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: m.UID, filter: m.Annotations[filterAnnotation]}
+	p := pod{namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: m.UID}
 	if hash := m.Annotations[hashAnnotation]; hash != "" && hash == m.Annotations[mirrorAnnotation] {
 		p.kubeletUID = hash
 	}
 	p.value, p.annotated = m.Annotations[annotation]
-	p.iface, p.hasIface = m.Annotations[interfaceAnnotation]
-	p.annotated = p.annotated && m.UID != "" && !strings.Contains(m.Name, "/") // these become paths
+	p.files, _ = strconv.Atoi(p.value)
+	p.filter = strings.TrimSpace(m.Annotations[filterAnnotation])
+	p.iface = m.Annotations[interfaceAnnotation]
+	p.annotated = p.annotated && m.UID != "" && !strings.Contains(m.Name, "/") // it becomes a path
 	return p
 }
 
-// kube speaks to the API server as the service account, for several goroutines.
-type kube struct {
-	api, account string
+// client speaks to the API server as the service account, for several goroutines.
+type client struct {
+	url, account string
 	roots        atomic.Pointer[x509.CertPool] // of the last CA bundle that could be read
 	http         http.Client                   // no Timeout: it would end watches
 }
 
-func newKube(api, account string) *kube {
-	k := &kube{api: api, account: account}
-	k.http.Transport = &http.Transport{ // without a Proxy: the service address must never go through HTTPS_PROXY
-		DialTLSContext:    k.dial,
-		ForceAttemptHTTP2: true, // its own dialing turns HTTP/2 off otherwise, and with it the pings
-		// A server that is silent for 45 s is gone: a connection that is half open would never end a watch. Of a list no
-		// more is taken than is read soon: by default it is 4 MiB.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second, MaxReceiveBufferPerStream: 256 << 10},
-	}
-	return k
+func newClient(url, account string) *client {
+	c := &client{url: url, account: account}
+	// There is no Proxy: the service address must never go through HTTPS_PROXY. A DialTLSContext turns
+	// HTTP/2 off, and with it the pings that notice a half-open connection, unless it is forced.
+	c.http.Transport = &http.Transport{DialTLSContext: c.dial, ForceAttemptHTTP2: true,
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
+			MaxReceiveBufferPerStream: 256 << 10}} // no more of an answer than is read soon
+	return c
 }
 
-// dial reads the CA bundle again for each connection, since it may be replaced; an unreadable one keeps the last.
-func (k *kube) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	bundle, _ := os.ReadFile(filepath.Join(k.account, "ca.crt"))
-	if roots := x509.NewCertPool(); roots.AppendCertsFromPEM(bundle) {
-		k.roots.Store(roots)
+// dial reads the CA bundle each time, since it may be replaced. One that can't be read keeps the last.
+func (c *client) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	roots := x509.NewCertPool()
+	if roots.AppendCertsFromPEM([]byte(readFile(c.account + "/ca.crt"))) {
+		c.roots.Store(roots)
 	}
-	roots := k.roots.Load()
-	if roots == nil {
-		return nil, fmt.Errorf("%s/ca.crt holds no certificate", k.account)
+	if roots = c.roots.Load(); roots == nil {
+		return nil, fmt.Errorf("%s/ca.crt holds no certificate", c.account)
 	}
 	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second},
 		Config: &tls.Config{RootCAs: roots, NextProtos: []string{"h2", "http/1.1"}}}
 	return dialer.DialContext(ctx, network, address)
 }
 
-// do sends a request and returns the answer, which the caller closes; what is not 2xx is a *statusError.
-func (k *kube) do(ctx context.Context, method, path, accept string, body []byte) (io.ReadCloser, error) {
-	token, err := os.ReadFile(filepath.Join(k.account, "token")) // each time: it is replaced every hour
+// do sends a request and returns the body of the answer, which the caller closes. An answer other than
+// 2xx is a *statusError. The token is read each time, because it is replaced every hour.
+func (c *client) do(ctx context.Context, verb, path, as string, body []byte) (io.ReadCloser, error) {
+	token, err := os.ReadFile(c.account + "/token")
 	if err != nil {
 		return nil, fmt.Errorf("the service account's token: %w", err)
 	}
-	request, err := http.NewRequestWithContext(ctx, method, k.api+path, bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, verb, c.url+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
-	request.Header = http.Header{"Authorization": {"Bearer " + strings.TrimSpace(string(token))}, "Accept": {accept},
-		"Content-Type": {"application/json"}, "User-Agent": {"packetcapture"}}
-	response, err := k.http.Do(request)
+	request.Header = http.Header{"Authorization": {"Bearer " + strings.TrimSpace(string(token))},
+		"Accept": {as}, "Content-Type": {"application/json"}, "User-Agent": {"packetcapture"}}
+	response, err := c.http.Do(request)
 	if wrapped := new(url.Error); errors.As(err, &wrapped) {
-		return nil, wrapped.Err // without the URL, which differs each time: an error that stays is logged once
+		return nil, wrapped.Err // without the URL
 	}
 	if response.StatusCode/100 == 2 {
 		return response.Body, nil
 	}
+
 	defer response.Body.Close()
 	status := &statusError{Message: "no Status in the answer"} // it may be a proxy's
 	json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(status)
@@ -1241,198 +1208,181 @@ func (k *kube) do(ctx context.Context, method, path, accept string, body []byte)
 type statusError struct {
 	Code       int
 	Message    string
-	retryAfter time.Duration // the least to wait, if the server says so; a minute at most, whatever it says
+	retryAfter time.Duration // the least to wait; a minute at most, whatever the server says
 }
 
 func (e *statusError) Error() string {
 	return fmt.Sprintf("%d %s: %s", e.Code, http.StatusText(e.Code), e.Message)
 }
 
-func isStatus(err error, codes ...int) bool {
-	var status *statusError
-	return errors.As(err, &status) && slices.Contains(codes, status.Code)
+func statusOf(err error) int {
+	if status := new(statusError); errors.As(err, &status) {
+		return status.Code
+	}
+	return 0
 }
 
-// isRefusal reports whether the API server has said no for good.
-func isRefusal(err error) bool {
-	return errors.As(err, new(*statusError)) && !isStatus(err, 401, 429, 502, 503, 504)
-}
+// ---- cat and live: what reads a capture ----
 
-// ---- cat: the files of a capture as one pcap ----
-
-// command runs `packetcapture cat`, in the pod whose files it reads.
-func command(ctx context.Context, arguments []string, root string, stdout, stderr io.Writer) error {
-	follow := len(arguments) == 3 && arguments[1] == "-f"
-	name := arguments[len(arguments)-1]
-	if arguments[0] != "cat" || len(arguments) != 2 && !follow || name == "" || strings.HasPrefix(name, "-") {
-		return fmt.Errorf("%q is no command: accepted is cat [-f] <pod name or file>", cut(strings.Join(arguments, " ")))
+// findCapture returns the stem of the capture of a pod, which is named <namespace>/<pod>.
+func findCapture(root, name string) (stem string, err error) {
+	namespace, pod, _ := strings.Cut(name, "/")
+	stem, err = os.Readlink(filepath.Join(root, "captures", namespace+"_"+pod))
+	if err == nil && !strings.Contains(pod, "/") {
+		return stem, nil
 	}
-	stem, err := findStem(root, name)
-	if err != nil {
-		return err
+	var all []string
+	links, _ := os.ReadDir(filepath.Join(root, "captures"))
+	for _, link := range links {
+		all = append(all, strings.Replace(link.Name(), "_", "/", 1))
 	}
-	j := &joiner{stdout: stdout, stderr: stderr}
-	j.join(ctx, stem, follow)
-	noun := "packets"
-	if j.packets == 1 {
-		noun = "packet"
-	}
-	fmt.Fprintf(stderr, "%d %s, %d bytes\n", j.packets, noun, j.bytes)
-	return j.err
-}
-
-// untilStdinEnds is how cat -f notices that its `kubectl exec -i` has gone: of stdout the runtime does not tell it, and a
-// write may then wait for ever. A stdin that ends at once says nothing: it is /dev/null at the other end.
-func untilStdinEnds(ctx context.Context) context.Context {
-	ctx, stop := context.WithCancel(ctx)
-	go func() {
-		began := time.Now()
-		if io.Copy(io.Discard, os.Stdin); time.Since(began) > time.Second {
-			stop()
-			time.Sleep(termGrace)
-			os.Exit(1)
-		}
-	}()
-	return ctx
-}
-
-// findStem is the path, without digits, of the files of the capture that is meant by a pod's name, a file or a stem.
-func findStem(root, name string) (string, error) {
-	paths, _ := findFiles(root, "")
-	file := strings.TrimRight(filepath.Base(name), digits)
-	var all, found []string
-	for _, path := range paths {
-		stem := strings.TrimRight(path, digits)
-		all = append(all, stem)
-		base := filepath.Base(stem)
-		if base == file || base == "capture-"+name+".pcap" || strings.HasPrefix(base, "capture-"+name+"_") {
-			found = append(found, stem)
-		}
-	}
-	slices.Sort(all)
-	slices.Sort(found)
-	all, found = slices.Compact(all), slices.Compact(found)
-	switch len(found) {
-	case 0:
-		return "", fmt.Errorf("%q is not captured here; what is: %s", cut(name), cmp.Or(strings.Join(all, " "), "nothing"))
-	case 1:
-		return found[0], nil
-	}
-	return "", fmt.Errorf("pods of several namespaces have the name %s, say which file: %s", name, strings.Join(found, " "))
-}
-
-// joiner writes the files of a capture as one pcap. tcpdump writes the next file over the oldest: so a file is known by the
-// time of its first packet. All numbers in a file are of the node's byte order.
-type joiner struct {
-	stdout, stderr io.Writer
-	header         []byte // the same in all files
-	path           string // of the file that is read; "" before the first, and if it is gone
-	first          uint64 // the time of its first packet
-	offset         int64  // how far it has been read
-	packets, bytes int
-	err            error // that ended it
+	return "", fmt.Errorf("%q is not captured here: accepted is <namespace>/<pod>, of %q", cut(name), all)
 }
 
 const (
-	pcapHeader   = 24 // bytes of a file's header
-	packetHeader = 16 // and of a packet's: seconds, their fraction, captured length, length; 4 bytes each
+	pcapHeader   = 24 // bytes of a file's header, the same in all files of a capture
+	packetHeader = 16 // and of a packet's: seconds, fraction, captured length, length; of 4 bytes each
 )
 
-// join writes what the files hold, and with follow what comes, until they are deleted: that is how a capture ends.
-func (j *joiner) join(ctx context.Context, stem string, follow bool) {
-	for paths := []string{stem}; len(paths) > 0 && j.err == nil && ctx.Err() == nil; {
-		paths, _ = findFiles(filepath.Dir(stem), stem)
-		newer := j.newer(paths)
-		j.read() // to its end, if there are newer ones
-		for order := slices.Sorted(maps.Keys(newer)); len(order) > 0 && ctx.Err() == nil; order = order[1:] {
-			j.path, j.first, j.offset = newer[order[0]], order[0], pcapHeader
-			j.read()
-		}
-		if !follow {
-			return
-		}
-		sleep(ctx, time.Duration(50+len(paths))*time.Millisecond) // a look at a file takes some 20 µs
-	}
-}
-
-// newer are the files that come after the one that is read, by the time of their first packet.
-func (j *joiner) newer(paths []string) map[uint64]string {
-	newer := map[uint64]string{}
-	for _, path := range paths {
-		if first := j.look(path); first > j.first {
-			newer[first] = path
-		}
-	}
-	return newer
-}
-
-// look returns the time of a file's first packet, the seconds in the upper half, and 0 while it has none. The first header
-// is written.
-func (j *joiner) look(path string) uint64 {
-	head := readAt(path, 0, pcapHeader+packetHeader)
-	switch {
-	case len(head) < pcapHeader:
-		return 0
-	case j.header == nil:
-		j.header = head[:pcapHeader]
-		j.bytes, j.err = j.stdout.Write(j.header)
-	case !bytes.Equal(head[:pcapHeader], j.header):
-		j.err = fmt.Errorf("%s is not of the same capture: its header differs", path)
-		return 0
-	}
+// readHead returns a file's header with that of its first packet, and the packet's time. A file
+// without a packet has just been begun, so it counts as the newest.
+func readHead(path string) (head []byte, first uint64) {
+	file, _ := os.Open(path)
+	defer file.Close()
+	head, _ = io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
 	if len(head) < pcapHeader+packetHeader {
-		return 0
+		return head, math.MaxUint64
 	}
-	return uint64(binary.NativeEndian.Uint32(head[24:]))<<32 | uint64(binary.NativeEndian.Uint32(head[28:]))
+	number := binary.NativeEndian.Uint32
+	return head, uint64(number(head[24:]))<<32 | uint64(number(head[28:]))
 }
 
-// read writes the whole packets of the file that are new, unless it has become another one meanwhile.
-func (j *joiner) read() {
-	if j.path == "" || j.err != nil {
-		return
+// cat writes the files of a capture as one pcap, the oldest one first. It says on stderr how much that
+// was: kubectl exec cuts a stream to a slow reader, and exits with 0.
+func cat(root, name string, stdout, stderr io.Writer) error {
+	stem, err := findCapture(root, name)
+	if err != nil {
+		return err
 	}
-	data := readAt(j.path, j.offset, math.MaxInt32)
-	if j.look(j.path) != j.first {
-		if _, err := os.Stat(j.path); err == nil || len(data) > 0 || j.offset == pcapHeader { // else the capture has ended
-			fmt.Fprintf(j.stderr, "packets may be missing: %s was overwritten or deleted\n", j.path)
+	heads, times := map[string][]byte{}, map[string]uint64{}
+	paths, _ := findFiles(stem)
+	for _, path := range paths {
+		heads[path], times[path] = readHead(path)
+	}
+	slices.SortStableFunc(paths, func(a, b string) int { return cmp.Compare(times[a], times[b]) })
+
+	packets, written := 0, 0
+	for _, path := range paths {
+		data, _ := os.ReadFile(path)
+		now, _ := readHead(path)
+		switch head := heads[path]; {
+		case len(head) < pcapHeader:
+			continue
+		case !bytes.HasPrefix(data, head) || !bytes.HasPrefix(now, head):
+			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
+			continue
 		}
-		j.path = ""
-		return
+		count, end := countPackets(data)
+		packets += count
+		n, err := stdout.Write(data[min(written, pcapHeader):end])
+		if written += n; err != nil {
+			return err
+		}
 	}
-	end := 0
-	for len(data)-end >= packetHeader {
-		size := packetHeader + int(binary.NativeEndian.Uint32(data[end+8:]))
-		if len(data)-end < size {
+	noun := "packets"
+	if packets == 1 {
+		noun = "packet"
+	}
+	fmt.Fprintf(stderr, "%d %s, %d bytes\n", packets, noun, written)
+	return nil
+}
+
+func countPackets(data []byte) (count, end int) {
+	for end = pcapHeader; end+packetHeader <= len(data); count++ {
+		next := end + packetHeader + int(binary.NativeEndian.Uint32(data[end+8:]))
+		if next > len(data) {
 			break
 		}
-		end += size
-		j.packets++
+		end = next
 	}
-	n, err := j.stdout.Write(data[:end])
-	j.offset, j.bytes, j.err = j.offset+int64(end), j.bytes+n, err
+	return count, end
 }
 
-// readAt reads a part of a file, and less at its end. It is closed at once: a deleted file that is open takes room.
-func readAt(path string, offset, length int64) []byte {
-	file, err := os.Open(path)
+// live writes packets of a capture to stdout as they come, with a second tcpdump in the same network.
+// It ends when the capture's tcpdump ends, and when stdin does: nothing else tells a process that
+// kubectl exec has started that its kubectl has gone.
+func live(ctx context.Context, root, name string) error {
+	stem, err := findCapture(root, name)
 	if err != nil {
-		return nil
+		return err
 	}
-	defer file.Close()
-	data, _ := io.ReadAll(io.NewSectionReader(file, offset, length))
-	return data
+	stat, network, shared := findTcpdump(stem)
+	if stat == nil {
+		return fmt.Errorf("no tcpdump captures %s now: kubectl describe pod tells why", name)
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
+	}()
+	go func() {
+		for isAlive(stat) {
+			sleep(ctx, 100*time.Millisecond)
+		}
+		fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended.")
+		stop(nil)
+	}()
+	words := []string{"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump", "--immediate-mode", "-w", "-"}
+	tcpdump, err := start(ctx, network, append(words, shared...)...)
+	if err != nil {
+		return err
+	}
+	said := &report{}
+	if err := said.read(tcpdump, func() {}); ctx.Err() == nil {
+		return fmt.Errorf("tcpdump has ended (%s)", cmp.Or(said.complaint, fmt.Sprint(err)))
+	}
+	if cause := context.Cause(ctx); cause != context.Canceled {
+		return cause
+	}
+	return nil
+}
+
+// findTcpdump finds the tcpdump that writes a capture's files, by its arguments. It must be in this
+// container, because a process of another pod may have the same ones. It returns the process's open
+// stat and network, and its arguments behind the path.
+func findTcpdump(stem string) (stat, network *os.File, shared []string) {
+	own, _ := os.Readlink("/proc/self/ns/mnt")
+	dirs, _ := filepath.Glob("/proc/[1-9]*")
+	for _, dir := range dirs {
+		stat, _ := os.Open(dir + "/stat")
+		network, _ := os.Open(dir + "/ns/net")
+		mounts, _ := os.Readlink(dir + "/ns/mnt")
+		words := strings.Split(strings.TrimSuffix(readFile(dir+"/cmdline"), "\x00"), "\x00")
+		i := slices.Index(words, stem)
+		if mounts == own && words[0] == "tcpdump" && i > 0 && words[i-1] == "-w" && isAlive(stat) {
+			return stat, network, words[i+1:]
+		}
+		stat.Close()
+		network.Close()
+	}
+	return nil, nil, nil
+}
+
+// isAlive reads the open stat of a process. That fails once it has ended, even if its PID is another's.
+func isAlive(stat *os.File) bool {
+	_, err := stat.ReadAt(make([]byte, 1), 0)
+	return err == nil
 }
 
 // ---- Helpers ----
 
-// backoff says how long to wait after a failure: from least to twice that, then twice as long each time, up to most.
+// backoff says how long to wait after a failure: from least, twice as long each time, up to most.
 type backoff struct {
 	least, most time.Duration
 	failures    int
 }
 
-// next is never the same, so that nodes do not act in step. What the API server asked for comes on top: it asks all
-// nodes for the same.
+// next adds jitter, so that nodes do not retry in step, and what the API server asks for.
 func (b *backoff) next(err error) time.Duration {
 	base := min(b.least<<b.failures, b.most/2)
 	b.failures = min(b.failures+1, 16)
@@ -1443,7 +1393,6 @@ func (b *backoff) next(err error) time.Duration {
 	return wait
 }
 
-// sleep waits, but not longer than ctx.
 func sleep(ctx context.Context, wait time.Duration) {
 	select {
 	case <-time.After(wait):
@@ -1457,4 +1406,10 @@ func cut(text string) string {
 		return string(runes[:128]) + "…"
 	}
 	return text
+}
+
+// readFile returns a file's text, "" if it can't be read: a process may have ended.
+func readFile(path string) string {
+	text, _ := os.ReadFile(path)
+	return string(text)
 }
