@@ -1,22 +1,22 @@
-# The compiler runs on the builder's own architecture and compiles for the target's: no emulation.
+# Cross-compile on the builder's own architecture, so that nothing is emulated.
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 WORKDIR /src
 COPY go.mod main.go ./
 ARG TARGETOS TARGETARCH
-# Static, so that it runs whatever libc the final stage has.
+# A static binary runs whatever libc the final stage has.
 RUN --mount=type=cache,target=/go/pkg/mod \
     --mount=type=cache,target=/root/.cache/go-build \
     CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -ldflags "-s -w" -o /packetcapture .
 
-# nsenter is there already: util-linux is an essential package. bash is too, but people rely on it by name.
+# nsenter is already there, because util-linux is an essential package. So is bash, but people call it by name.
 FROM ubuntu:24.04
-# tcpdump moves, because an AppArmor profile attaches by path, also in a container: under the node's profile of
-# /usr/bin/tcpdump it takes signals from `unconfined` alone, which no container is where the node has a profile for runc
-# (Debian 13, Ubuntu 24.04), and so it could never be ended. /usr/local/bin is in every shell's PATH, so that people find it.
+# tcpdump is moved because AppArmor attaches a profile by path, even in a container. The node's profile for
+# /usr/bin/tcpdump accepts signals only from unconfined processes. Where the node has a profile for runc (Debian 13,
+# Ubuntu 24.04), no container is unconfined, so nothing could stop tcpdump. /usr/local/bin is in every shell's PATH too.
 #
-# Then it reads a pcap of one packet and writes it, as it will: Ubuntu's 4.99.4-3ubuntu4 crashes there (Launchpad 2071891).
-# What mends it is in noble-updates, which a mirror with security updates alone does not have.
+# Then tcpdump copies a pcap of one packet, as a test: Ubuntu's 4.99.4-3ubuntu4 crashes on that (Launchpad 2071891). The
+# fix is in noble-updates, which a mirror with only security updates lacks.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends bash tcpdump \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
@@ -29,5 +29,5 @@ LABEL org.opencontainers.image.title="packetcapture" \
       org.opencontainers.image.description="Captures the packets of annotated pods with tcpdump, on every node of a Kubernetes cluster" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/ubuntu:24.04"
-# No USER: opening another pod's network namespace takes root, with the capabilities that daemonset.yaml lists.
+# No USER: opening another pod's network namespace takes root and the capabilities listed in daemonset.yaml.
 ENTRYPOINT ["/usr/local/bin/packetcapture"]
