@@ -1,466 +1,71 @@
 //go:build e2e
 
-// Package test holds what needs a cluster, on which `make deploy` has rolled the program out: the end-to-end tests, and
-// the measurements beside them. They speak to the cluster through kubectl, and count the processes and files of the
-// node under test from outside of the program.
 package test
 
 import (
-	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
-	"text/tabwriter"
 	"time"
 )
 
-const annotation = "tcpdump.antrea.io"
-
-// slow is SLOW, of a slow node.
-var slow = func() time.Duration {
-	n, _ := strconv.Atoi(os.Getenv("SLOW"))
-	return time.Duration(max(n, 1))
-}()
-
-// patience is the longest that anything may take to be right.
-var patience = 90 * time.Second * slow
-
-// cluster is the cluster under test. Each step has its own copy, with its own T.
-type cluster struct {
-	*testing.T
-	name, context, image string
-	node                 string // under test
-	namespace            string // the test's own
-	births               int    // pods that are created with the annotation
-	table                *[][]string
-	bash                 *bash // on the node
-}
-
-func newCluster(t *testing.T) *cluster {
-	c := &cluster{T: t, name: os.Getenv("CLUSTER"), image: os.Getenv("IMAGE"), table: &[][]string{}, births: 20, bash: new(bash)}
-	if c.name == "" || c.image == "" {
-		t.Fatal("CLUSTER and IMAGE must name the cluster and the image: use make e2e, make node or make measure")
-	}
-	c.context = "kind-" + c.name
-	if context, ok := os.LookupEnv("CONTEXT"); ok {
-		c.context = context
-	}
-	c.node = cmp.Or(os.Getenv("NODE"), c.name+"-worker")
-	c.namespace = fmt.Sprintf("e2e-%d", os.Getpid())
-	c.kubectl("create", "namespace", c.namespace)
-	t.Cleanup(c.bash.end)
-	t.Cleanup(func() { c.try("delete", "namespace", c.namespace, "--timeout=3m", fmt.Sprint("--wait=", slow == 1)) })
-	return c
-}
-
-// command is a kubectl in the test's namespace; a -n in the arguments comes later, and counts.
-func (c *cluster) command(args ...string) *exec.Cmd {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
-	c.Cleanup(cancel) // and so none outlives its step
-	args = append([]string{"-n", c.namespace}, args...)
-	if c.context != "" {
-		args = append([]string{"--context", c.context}, args...)
-	}
-	return exec.CommandContext(ctx, "kubectl", args...)
-}
-
-func (c *cluster) pipe(input string, args ...string) (string, error) {
-	cmd := c.command(args...)
-	cmd.Stdin = strings.NewReader(input)
-	stderr := new(bytes.Buffer)
-	cmd.Stderr = stderr
-	out, err := cmd.Output()
-	if err != nil {
-		err = fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, stderr)
-	}
-	return strings.TrimSpace(string(out)), err
-}
-
-func (c *cluster) try(args ...string) (string, error) { return c.pipe("", args...) }
-
-func (c *cluster) kubectl(args ...string) string {
-	c.Helper()
-	out, err := c.try(args...)
-	c.must(err)
-	return out
-}
-
-func (c *cluster) must(err error) {
-	c.Helper()
-	if err != nil {
-		c.Fatal(err)
-	}
-}
-
-// bash is one on the node, in which all scripts run: it takes seconds to begin one on a slow node.
-type bash struct {
-	*exec.Cmd // nil before the first script, and after the node was away
-	in        io.WriteCloser
-	out       *bufio.Reader
-}
-
-func (b *bash) end() {
-	if b.Cmd != nil {
-		b.in.Close()
-		b.Wait()
-		b.Cmd = nil
-	}
-}
-
-// onNode runs a script on the node itself, as NODE_SH does it, by default for a node of kind.
-func (c *cluster) onNode(script string) (string, error) {
-	b := c.bash
-	if b.Cmd == nil {
-		b.Cmd = exec.Command("bash", "-c", cmp.Or(os.Getenv("NODE_SH"), "docker exec -i "+c.node)+" bash")
-		b.Dir = ".." // the folder of the Makefile
-		in, err := b.StdinPipe()
-		c.must(err)
-		out, err := b.StdoutPipe()
-		c.must(err)
-		c.must(b.Start())
-		b.in, b.out = in, bufio.NewReader(out)
-	}
-	fmt.Fprintf(b.in, "( %s\n) </dev/null 2>&1; echo -e \"\\nended: $?\"\n", script)
-	text := new(strings.Builder)
-	for {
-		line, err := b.out.ReadString('\n')
-		status, isEnd := strings.CutPrefix(line, "ended: ")
-		switch {
-		case err != nil:
-			b.end()
-			return "", fmt.Errorf("the node does not answer: %w", err)
-		case isEnd && status != "0\n":
-			return "", fmt.Errorf("on the node: exit status %s%s", status, text)
-		case isEnd:
-			return strings.TrimSpace(text.String()), nil
-		}
-		text.WriteString(line)
-	}
-}
-
-// until polls until nothing is wrong any more, and returns how long that took.
-func (c *cluster) until(wrong func() string) time.Duration {
-	c.Helper()
-	began := time.Now()
-	for what := wrong(); what != ""; what = wrong() {
-		if time.Since(began) > patience {
-			c.Fatalf("not right after %v: %s", patience, what)
-		}
-		time.Sleep(50 * time.Millisecond * slow * slow) // a look is work for the node, which has other things to do
-	}
-	return time.Since(began)
-}
-
-// ---- Pods, their annotations and Events ----
-
-// options make the pods of the tests. Annotations are written behind the common part of their names: "=3", "/filter=tcp".
-type options struct {
-	annotations            []string
-	command, second        string // of bash; the first sleeps by default, the second container is there if it has one
-	init                   string // command of an init container
-	sidecar                string // and of one that goes on beside the others and ends after them
-	isHost, never, isPlain bool   // the host's network; never restarted; not assigned to the node
-}
-
-const idle = "trap exit TERM; sleep infinity & wait"
-
-// say is a command that sends a packet, which nobody answers.
-func say(what string) string { return `echo "` + what + `" >/dev/udp/192.0.2.1/4444; ` }
-
-func (c *cluster) manifest(name string, o options) map[string]any {
-	type object = map[string]any
-	container := func(name, command string) object {
-		return object{"name": name, "image": c.image, "imagePullPolicy": "IfNotPresent", "command": []string{"bash", "-c", command}}
-	}
-	annotations := map[string]string{}
-	for _, text := range o.annotations {
-		key, value, _ := strings.Cut(text, "=")
-		annotations[annotation+key] = value
-	}
-	containers, inits, restart := []object{container("main", cmp.Or(o.command, idle))}, []object{}, "Always"
-	if o.second != "" {
-		containers = append(containers, container("second", o.second))
-	}
-	if o.init != "" {
-		inits = append(inits, container("init", o.init))
-	}
-	if o.sidecar != "" {
-		sidecar := container("sidecar", o.sidecar)
-		sidecar["restartPolicy"] = "Always"
-		inits = append(inits, sidecar)
-	}
-	if o.never {
-		restart = "Never"
-	}
-	spec := object{"restartPolicy": restart, "terminationGracePeriodSeconds": 2, "automountServiceAccountToken": false,
-		"hostNetwork": o.isHost, "containers": containers, "initContainers": inits, "tolerations": []object{{"operator": "Exists"}}}
-	if !o.isPlain {
-		spec["nodeName"] = c.node
-	}
-	prefix, _, _ := strings.Cut(name, "-")
-	return object{"apiVersion": "v1", "kind": "Pod", "spec": spec,
-		"metadata": object{"name": name, "annotations": annotations, "labels": object{"app": prefix, "step": "yes"}}}
-}
-
-// create makes pods in one call, without waiting for them.
-func (c *cluster) create(manifests ...map[string]any) {
-	c.Helper()
-	list, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "List", "items": manifests})
-	c.must(err)
-	_, err = c.pipe(string(list), "create", "-f", "-")
-	c.must(err)
-}
-
-// wait waits until pods, or those with a label (-l), are ready, or are as another condition says.
-func (c *cluster) wait(condition string, which ...string) {
-	c.Helper()
-	c.kubectl(append([]string{"wait", "pod", "--for=" + condition, fmt.Sprintf("--timeout=%ds", int(3*patience.Seconds()))}, which...)...)
-}
-
-const (
-	ready     = "condition=Ready"
-	succeeded = "jsonpath={.status.phase}=Succeeded"
-)
-
-// annotate changes annotations of a pod: "=3", "/filter=tcp", "/filter-".
-func (c *cluster) annotate(name string, changes ...string) {
-	c.Helper()
-	args := []string{"annotate", "--overwrite", "pod", name}
-	for _, change := range changes {
-		args = append(args, annotation+change)
-	}
-	c.kubectl(args...)
-}
-
-func (c *cluster) uid(name string) string {
-	return c.kubectl("get", "pod", name, "-o", "jsonpath={.metadata.uid}")
-}
-
-// events are a pod's Events of a reason since the step began, each as "<type>: <message>".
-func (c *cluster) events(pod, reason string) []string {
-	out, _ := c.try("get", "events", "--field-selector", "involvedObject.name="+pod+",reason="+reason,
-		"-o", `jsonpath={range .items[*]}{.type}: {.message}{"\n"}{end}`)
-	return slices.DeleteFunc(strings.Split(out, "\n"), func(line string) bool { return line == "" })
-}
-
-// told waits until a pod has an Event of that reason with these words.
-func (c *cluster) told(pod, reason string, words ...string) {
-	c.Helper()
-	c.until(func() string {
-		told := c.events(pod, reason)
-		for _, message := range told {
-			if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(message, word) }) {
-				return ""
-			}
-		}
-		return fmt.Sprintf("no Event %s of %s says %q, but %q", reason, pod, words, told)
-	})
-}
-
-// ---- What runs and lies on the node ----
-
-// census is counted by a look at the node's processes.
-type census struct {
-	program  string            // PID
-	tcpdumps map[string]string // PIDs by "N name", of captures into N files /capture-name.pcap
-	doubles  int               // tcpdumps beyond the first of a name
-	readers  int               // that run packetcapture cat
-	files    []string          // the names of all capture files
-}
-
-var (
-	tcpdumpLine = regexp.MustCompile(`^(\d+) .*?tcpdump -C 1 -W (\d+) -w /capture-(\S+)\.pcap `)
-	programLine = regexp.MustCompile(`^(\d+) \S*packetcapture( cat)?\b`)
-)
-
-// look reaches the program's files through /proc: its root is no file system of the node.
-func (c *cluster) look() (n census, err error) {
-	n.tcpdumps = map[string]string{}
-	out, err := c.onNode(`for p in /proc/[0-9]*; do
-			read -r comm <$p/comm || continue
-			case $comm in tcpdump|nsenter|packetcapture) echo "${p#/proc/} $(tr '\0' ' ' <$p/cmdline)" ;; esac
-			[[ $comm != packetcapture ]] || ls $p/root/ | sed -n 's/^capture-/file capture-/p'
-		done 2>/dev/null; true`)
-	for line := range strings.Lines(out) {
-		line = strings.TrimSpace(line)
-		if file, ok := strings.CutPrefix(line, "file "); ok {
-			n.files = append(n.files, file)
-		} else if m := tcpdumpLine.FindStringSubmatch(line + " "); m != nil {
-			key := m[2] + " " + m[3]
-			if n.tcpdumps[key] != "" {
-				n.doubles++
-			}
-			n.tcpdumps[key] = m[1]
-		} else if m := programLine.FindStringSubmatch(line); m != nil && m[2] != "" {
-			n.readers++
-		} else if m != nil {
-			n.program = m[1]
-		}
-	}
-	slices.Sort(n.files)
-	n.files = slices.Compact(n.files) // a reader sees them as well
-	return n, err
-}
-
-// exact waits until the node has exactly what is wanted, and returns how long that took. "3 web" is a capture of web into
-// 3 files that runs, and has its first file; "- job" is one whose files are left.
-func (c *cluster) exact(want ...string) time.Duration {
-	c.Helper()
-	return c.until(func() string {
-		n, err := c.look()
-		if err != nil {
-			return err.Error()
-		}
-		return n.wrong(want)
-	})
-}
-
-func (n census) wrong(want []string) string {
-	running, found := 0, map[string]bool{}
-	for _, key := range want {
-		files, name, _ := strings.Cut(key, " ")
-		found["capture-"+name+".pcap"] = false
-		if files != "-" {
-			running++
-			if n.tcpdumps[key] == "" {
-				return "no tcpdump for " + key
-			}
-		}
-	}
-	if len(n.tcpdumps) != running || n.doubles > 0 {
-		return fmt.Sprintf("asked for is %q, and %d tcpdumps run: %v", want, len(n.tcpdumps)+n.doubles, n.tcpdumps)
-	}
-	for _, file := range n.files {
-		stem := strings.TrimRight(file, "0123456789")
-		if _, ok := found[stem]; !ok {
-			return "a file that nobody asked for: " + file
-		}
-		found[stem] = true
-	}
-	for stem, is := range found {
-		if !is {
-			return "no file " + stem
-		}
-	}
-	return ""
-}
-
-func (c *cluster) pid(key string) string {
-	c.Helper()
-	n, err := c.look()
-	if err != nil || n.tcpdumps[key] == "" {
-		c.Fatalf("no tcpdump for %q: %v, %v", key, n, err)
-	}
-	return n.tcpdumps[key]
-}
-
-// another waits until a capture, which is all that there is, runs as another process.
-func (c *cluster) another(pid, key string) time.Duration {
-	c.Helper()
-	return c.until(func() string {
-		n, err := c.look()
-		if err == nil && n.tcpdumps[key] == pid {
-			return key + " still runs as PID " + pid
-		} else if err != nil {
-			return err.Error()
-		}
-		return n.wrong([]string{key})
-	})
-}
-
-// capturePod is the packetcapture pod that is ready on the node.
-func (c *cluster) capturePod() (name string) {
-	c.Helper()
-	c.until(func() string {
-		out, err := c.try("-n", "kube-system", "get", "pods", "-l", "app=packetcapture",
-			"--field-selector", "status.phase=Running,spec.nodeName="+c.node, "-o",
-			`jsonpath={range .items[?(@.status.containerStatuses[0].ready==true)]}{.metadata.name} {.metadata.deletionTimestamp}{"\n"}{end}`)
-		for line := range strings.Lines(out) {
-			if f := strings.Fields(line); len(f) == 1 {
-				name = f[0]
-				return ""
-			}
-		}
-		return fmt.Sprintf("no packetcapture pod is ready on %s: %q, %v", c.node, out, err)
-	})
-	return name
-}
-
-// read is what tcpdump says of a file's packets that match a filter.
-func (c *cluster) read(file string, filter ...string) string {
-	out, err := c.try(append([]string{"-n", "kube-system", "exec", c.capturePod(), "--",
-		"tcpdump", "-Z", "root", "-nn", "-A", "-r", "/capture-" + file}, filter...)...)
-	if err != nil {
-		return err.Error() // the last packet may be torn while it is written
-	}
-	return out
-}
-
-// holds waits until the packets of a file have these words.
-func (c *cluster) holds(file string, words ...string) {
-	c.Helper()
-	c.until(func() string {
-		text := c.read(file)
-		for _, word := range words {
-			if !strings.Contains(text, word) {
-				return fmt.Sprintf("%q is not in %s: %s", word, file, text)
-			}
-		}
-		return ""
-	})
-}
-
-// ---- The tests ----
-
-// steps are what happens to a cluster. Each begins with the idle pods web and web-2 and nothing captured, and leaves them so.
+// steps are what happens to a cluster. Each begins with the idle pods web and web-2 and nothing captured
+// but what runs beside, and leaves them so. A crash loop takes a minute, so other steps run beside it:
+// those that do not restart the program.
 var steps = []struct {
 	name    string
 	anyNode bool // it needs kubectl alone, and so is a part of TestNode
 	run     func(c *cluster)
 }{
+	{"rights", true, (*cluster).rights},
+	{"a crash loop without a pause process begins", false, (*cluster).crashLoopBegins},
 	{"annotated, changed, removed", true, (*cluster).changed},
 	{"mistakes while a capture runs", false, (*cluster).mistakes},
-	{"kill -9 of tcpdump and of the program", true, (*cluster).killed},
-	{"rollout restart", false, (*cluster).rollout},
+	{"another pod's packets", false, (*cluster).anotherPods},
+	{"a namespace whose webhook hangs", false, (*cluster).webhook},
+	{"other runtimes and user namespaces", false, (*cluster).runtimes},
+	{"interfaces", false, (*cluster).interfaces},
+	{"room for few", false, (*cluster).room},
+	{"a crash loop without a pause process keeps its tcpdump", false, (*cluster).crashLoopEnds},
+	{"several containers, crashes, names", false, (*cluster).special},
+	{"filter", false, (*cluster).filter},
+	{"cat and live", false, (*cluster).reading},
+	{"make pcap and make live", false, (*cluster).makePcapAndLive},
+	{"cat while 5 MB/s rotate", false, (*cluster).catFast},
+	{"100 alternations", false, (*cluster).alternations},
 	{"deleted and recreated", false, (*cluster).deleted},
 	{"finished", false, (*cluster).finished},
-	{"100 alternations", false, (*cluster).alternations},
-	{"API server away", false, (*cluster).serverAway},
 	{"from birth to the end", true, (*cluster).born},
 	{"the last packets of a sidecar", false, (*cluster).sidecars},
 	{"host network", true, (*cluster).hostNetwork},
 	{"static pod", true, (*cluster).static},
 	{"the packetcapture pod itself", true, (*cluster).itself},
-	{"several containers, crashes, names", false, (*cluster).special},
-	{"filter", false, (*cluster).filter},
-	{"interfaces", false, (*cluster).interfaces},
-	{"room", false, (*cluster).room},
-	{"cat", false, (*cluster).cat},
-	{"cat while 5 MB/s rotate", false, (*cluster).catFast},
+	{"rollout, to an API server that has a name", false, (*cluster).rollout},
+	{"kill -9 of tcpdump and of the program", true, (*cluster).killed},
 	{"30 at once", false, (*cluster).many},
+	{"API server away", false, (*cluster).serverAway},
 	{"node restarted", false, (*cluster).nodeRestarted},
 }
 
 // TestE2E breaks what can break on the cluster, and writes what became of it to OUTPUTS.
 func TestE2E(t *testing.T) {
 	c := newCluster(t)
+	*c.table = [][]string{{"fault", "what happens", "right again after"}}
 	c.steps(false)
 	if !t.Failed() && !strings.Contains(flag.Lookup("test.run").Value.String(), "/") {
-		c.write("e2e.txt", "fault", "what happens", "right again after")
+		c.write("e2e.txt", *c.table)
 	}
 }
 
@@ -484,46 +89,51 @@ func (c *cluster) steps(anyNode bool) {
 		c.Run(step.name, func(t *testing.T) {
 			inner := *c
 			inner.T = t
-			defer func() {
+			t.Cleanup(func() {
 				inner.annotate("web", "-", "/filter-", "/interface-")
 				inner.annotate("web-2", "-", "/filter-", "/interface-")
 				inner.kubectl("delete", "pod", "-l", "step", "--timeout=3m")
 				inner.exact()
-			}()
+			})
 			inner.kubectl("delete", "--raw", "/api/v1/namespaces/"+c.namespace+"/events") // all by one request
 			step.run(&inner)
 		})
 	}
 }
 
-// row is a line of the table; took is 0 where time is not what matters.
-func (c *cluster) row(fault, happens string, took time.Duration) {
-	after := ""
-	if took > 0 {
-		after = fmt.Sprintf("%.1f s", took.Seconds())
+// rights are the least: the service account may watch pods and create Events, and the program has the
+// capabilities that daemonset.yaml lists.
+func (c *cluster) rights() {
+	const account = "--as=system:serviceaccount:kube-system:packetcapture"
+	var may []string
+	for line := range strings.Lines(c.kubectl("auth", "can-i", "--list", "--no-headers", account)) {
+		resource, rest, _ := strings.Cut(line, " ")
+		verbs := rest[strings.LastIndex(rest, "[")+1 : strings.LastIndex(rest, "]")]
+		isEverybodys := strings.HasPrefix(resource, "self") || strings.HasPrefix(line, " ") // reviews of itself, /version and the like
+		if !isEverybodys {
+			may = append(may, verbs+" "+resource)
+		}
 	}
-	*c.table = append(*c.table, []string{fault, happens, after})
+	slices.Sort(may)
+	if want := []string{"create events", "watch pods"}; !slices.Equal(may, want) {
+		c.Errorf("the service account may %q, not only %q", may, want)
+	}
+	if out, err := c.try("get", "pods", account); err == nil || !strings.Contains(err.Error(), "forbidden") {
+		c.Errorf("the service account may list pods: %v: %s", err, out)
+	}
+
+	n, err := c.look()
+	c.must(err)
+	out, err := c.onNode("grep -E '^(Cap(Prm|Eff|Bnd)|NoNewPrivs|Seccomp):' /proc/" + n.program + "/status")
+	c.must(err)
+	const sysPtrace, sysAdmin, netRaw, setgid = 1 << 19, 1 << 21, 1 << 13, 1 << 6
+	set := fmt.Sprintf("%016x", sysPtrace|sysAdmin|netRaw|setgid)
+	want := "CapPrm: " + set + " CapEff: " + set + " CapBnd: " + set + " NoNewPrivs: 1 Seccomp: 2" // 2: a filter
+	if got := strings.Join(strings.Fields(out), " "); got != want {
+		c.Errorf("the program has %s, want %s", got, want)
+	}
 }
 
-// write writes the table to stdout and to a file of OUTPUTS, below a line that says what it was seen on.
-func (c *cluster) write(file string, head ...string) {
-	on := c.kubectl("get", "node", c.node, "-o", "jsonpath={.status.capacity.cpu} cores, kernel {.status.nodeInfo.kernelVersion}, "+
-		"Kubernetes {.status.nodeInfo.kubeletVersion}, {.status.nodeInfo.containerRuntimeVersion}")
-	text := new(strings.Builder)
-	fmt.Fprintf(text, "%s, %s\n\n", on, time.Now().UTC().Format(time.DateOnly))
-	w := tabwriter.NewWriter(text, 0, 0, 1, ' ', 0)
-	rule := slices.Repeat([]string{"---"}, len(head))
-	for _, row := range append([][]string{head, rule}, *c.table...) {
-		fmt.Fprintf(w, "| %s\t|\n", strings.Join(row, "\t| "))
-	}
-	w.Flush()
-	fmt.Print(text)
-	folder := cmp.Or(os.Getenv("OUTPUTS"), "../outputs")
-	c.must(os.MkdirAll(folder, 0o755))
-	c.must(os.WriteFile(filepath.Join(folder, file), []byte(text.String()), 0o644))
-}
-
-// C2, C4, C7
 func (c *cluster) changed() {
 	c.annotate("web", "=3")
 	c.row("annotated", "captured", c.exact("3 web"))
@@ -544,7 +154,6 @@ func (c *cluster) changed() {
 	c.told("web-2", "CaptureStopped", "Normal", "captured, 0 dropped by the kernel; its files (")
 }
 
-// C2, C7, C9, C10
 func (c *cluster) mistakes() {
 	c.annotate("web", "=3", "/filter=udp", "/interface=any")
 	c.exact("3 web")
@@ -554,7 +163,7 @@ func (c *cluster) mistakes() {
 	mistakes := []string{"=012", "=50000", "=5abc", "=0", "=", "=3",
 		"/filter=tcp.port == 80", "/filter=“tcp”", "/filter=tcp\nport 80", "/filter=-w /tmp/evil", "/filter=$(reboot)",
 		"/filter=" + strings.Repeat("udp or ", 150) + "tcp", "/filter=udp",
-		"/interface=-i", "/interface=a/b", "/interface=", "/interface=sixteen-letters0", "/interface=any"}
+		"/interface=-i", "/interface=a/b", "/interface=sixteen-letters0", "/interface=any"}
 	for _, mistake := range mistakes {
 		c.annotate("web", mistake)
 	}
@@ -569,13 +178,34 @@ func (c *cluster) mistakes() {
 		c.Errorf("a mistake restarted the capture: PID %s, then %s", pid, got)
 	}
 	c.holds("web.pcap0", "before")
+
+	twice := func() string {
+		if told := strings.Count(strings.Join(c.events("web", "CaptureInvalid"), "\n"), `"7up"`); told != 2 {
+			return fmt.Sprintf("the same mistake was made twice, and %d Events tell it", told)
+		}
+		return ""
+	}
+	for range 2 {
+		c.annotate("web", "=7up")
+		c.told("web", "CaptureInvalid", `"7up"`)
+		c.annotate("web", "=3")
+	}
+	c.until(twice)
+	c.until(func() string {
+		last := c.kubectl("get", "events", "--field-selector", "involvedObject.name=web", "--sort-by=.metadata.name",
+			"-o", "jsonpath={.items[-1:].reason}")
+		if last != "CaptureContinued" {
+			return "the annotations are valid again, and the last Event is " + last
+		}
+		return ""
+	})
+
 	c.annotate("web-2", "=05")
 	c.told("web-2", "CaptureInvalid", `"05"`, "nothing is captured")
 	c.exact("3 web")
-	c.row("a mistake in N, filter or interface", "told; the capture goes on, same PID", 0)
+	c.row("a mistake in N, filter or interface, and back", "told each time, also that it is over; the capture goes on, same PID", 0)
 }
 
-// C5, C7
 func (c *cluster) killed() {
 	c.annotate("web", "=3")
 	c.exact("3 web")
@@ -586,7 +216,7 @@ func (c *cluster) killed() {
 		if what == "tcpdump" {
 			c.onNode("kill -9 " + pid)
 			c.row("`kill -9` of tcpdump", "started again, Event", c.another(pid, "3 web"))
-			c.told("web", "CaptureFailed", "Warning", "signal: killed", "it is tried again in ")
+			c.told("web", "CaptureFailed", "Warning", "signal: killed", "it is tried again")
 			c.told("web", "CaptureStarted", "Warning", "began again at the first file")
 		} else {
 			c.onNode("kill -9 " + n.program)
@@ -595,19 +225,27 @@ func (c *cluster) killed() {
 	}
 }
 
-// C5, C7: the last Events are told also when the program ends.
+// rollout has the program find its API server by a name, which some clusters give all pods instead of an
+// address. The last Events are told also when the program ends.
 func (c *cluster) rollout() {
 	c.annotate("web", "=3")
 	c.exact("3 web")
-	pid, began := c.pid("3 web"), time.Now()
-	c.kubectl("-n", "kube-system", "rollout", "restart", "daemonset/packetcapture")
-	c.kubectl("-n", "kube-system", "rollout", "status", "daemonset/packetcapture", "--timeout=3m")
-	c.another(pid, "3 web")
-	c.row("`kubectl rollout restart`", "captured anew by the new pod", time.Since(began))
+	roll := func(what string, env ...string) {
+		pid, began := c.pid("3 web"), time.Now()
+		c.kubectl(append([]string{"-n", "kube-system", "set", "env", "daemonset/packetcapture"}, env...)...)
+		c.kubectl("-n", "kube-system", "rollout", "status", "daemonset/packetcapture", "--timeout=3m")
+		c.another(pid, "3 web")
+		c.row(what, "captured anew by the new pod", time.Since(began))
+	}
+	defer roll("rollout back to its address", "KUBERNETES_SERVICE_HOST-", "KUBERNETES_SERVICE_PORT-")
+	roll("rollout to an API server that has a name", "KUBERNETES_SERVICE_HOST="+c.name+"-control-plane", "KUBERNETES_SERVICE_PORT=6443")
 	c.told("web", "CaptureStopped", "its files (")
+	host := c.kubectl("-n", "kube-system", "exec", c.capturePod(), "--", "bash", "-c", "echo $KUBERNETES_SERVICE_HOST")
+	if host != c.name+"-control-plane" {
+		c.Errorf("the program's API server is %s", host)
+	}
 }
 
-// C5, C7
 func (c *cluster) deleted() {
 	c.create(c.manifest("again", options{annotations: []string{"=2"}}))
 	c.wait(ready, "again")
@@ -617,8 +255,8 @@ func (c *cluster) deleted() {
 	took := time.Since(began)
 	c.row("pod deleted", "stopped, files gone; one Event", c.exact())
 	c.told("again", "CaptureStopped", "are deleted")
-	// A pod that is still there 5 s after its network has gone is told so before.
-	if told := c.events("again", "CaptureStopped"); len(told) != 1 && took < 5*time.Second {
+	// A pod that is still there 3 s after its network has gone is told so before.
+	if told := c.events("again", "CaptureStopped"); len(told) != 1 && took < 3*time.Second {
 		c.Errorf("a pod that is deleted has the Events %q", told)
 	}
 	c.create(c.manifest("again", options{annotations: []string{"=2"}}))
@@ -626,13 +264,13 @@ func (c *cluster) deleted() {
 	c.row("pod recreated with the annotation", "captured", c.exact("2 again"))
 }
 
-// C4, C5: a finished pod keeps its files, and after a restart of the program, when it has none, takes no room.
+// A finished pod keeps its files, and after a restart of the program, when it has none, takes no room.
 func (c *cluster) finished() {
 	c.create(c.manifest("job", options{never: true, command: say("last words"), annotations: []string{"=1000"}}))
 	c.wait(succeeded, "job")
 	c.row("pod finished", "tcpdump ends, files stay", c.exact("- job"))
 	c.holds("job.pcap000", "last words")
-	c.told("job", "CaptureStopped", "the files stay until the annotation")
+	c.told("job", "CaptureStopped", "; the pod's network is gone, the files (", "stay until the annotation")
 	n, err := c.look()
 	c.must(err)
 	c.onNode("kill -9 " + n.program)
@@ -644,7 +282,6 @@ func (c *cluster) finished() {
 	}
 }
 
-// C2, C5
 func (c *cluster) alternations() {
 	for i := range 100 {
 		c.annotate("web-2", []string{"=3", "=4", "-"}[i%3])
@@ -652,7 +289,6 @@ func (c *cluster) alternations() {
 	c.row("100 alternations of 3, 4 and no annotation", "exactly the last one", c.exact("3 web-2"))
 }
 
-// C5, C6
 func (c *cluster) serverAway() {
 	c.annotate("web", "=2")
 	c.exact("2 web")
@@ -691,13 +327,13 @@ func (c *cluster) serverAway() {
 	}
 }
 
-// C3: pods send 40 packets as the very first thing they do, and exit.
+// Pods send 40 packets as the very first thing they do, and exit.
 func (c *cluster) born() {
 	c.complete("birth", c.births, 40, "pods created with the annotation, which send 40 packets at once and exit",
 		options{never: true, annotations: []string{"=1"}, command: `for i in {1..40}; do ` + say("packet $i.") + `done`})
 }
 
-// C10: a native sidecar is ended when all else has, and the pod's network goes at once after that.
+// A native sidecar is ended when all else has, and the pod's network goes at once after that.
 func (c *cluster) sidecars() {
 	c.complete("side", 10, 4, "Jobs whose sidecar sends 3 packets as it is ended, interface any",
 		options{never: true, annotations: []string{"=1", "/interface=any"}, command: say("packet 1"),
@@ -732,16 +368,18 @@ func (c *cluster) complete(prefix string, pods, packets int, what string, o opti
 	}
 }
 
-// C3, C7
 func (c *cluster) hostNetwork() {
-	c.create(c.manifest("host", options{isHost: true, annotations: []string{"=1"}}))
-	c.exact("1 host")
+	c.create(c.manifest("host", options{isHost: true, annotations: []string{"=1"}}),
+		c.manifest("hostjob", options{isHost: true, never: true, command: fmt.Sprint("sleep ", 6*int(slow)), annotations: []string{"=1"}}))
+	c.exact("1 host", "1 hostjob")
 	c.told("host", "CaptureStarted", "Warning", "whole node's traffic")
-	c.kubectl("delete", "pod", "host")
+	c.wait(succeeded, "hostjob")
+	c.row("pod with the host's network finished", "tcpdump ends, files stay", c.exact("1 host", "- hostjob"))
+	c.kubectl("delete", "pod", "host", "hostjob")
 	c.exact()
 }
 
-// C3: a static pod's cgroups have another UID than the API.
+// A static pod's cgroups have another UID than the API.
 func (c *cluster) static() {
 	text, err := json.Marshal(c.manifest("static", options{isPlain: true, annotations: []string{"=1"}}))
 	c.must(err)
@@ -755,7 +393,7 @@ func (c *cluster) static() {
 	c.exact()
 }
 
-// C3, C8: tcpdump compiles filters in the packetcapture pod, and looks up no name from there.
+// Tcpdump compiles filters in the packetcapture pod, and looks up no name from there.
 func (c *cluster) itself() {
 	name := c.capturePod()
 	annotate := func(change string) error {
@@ -767,14 +405,13 @@ func (c *cluster) itself() {
 	c.exact("1 " + name)
 	c.annotate("web", "=1", "/filter=host e2e.example.com")
 	c.told("web", "CaptureInvalid", `"host e2e.example.com"`, "hosts and ports are numbers")
-	c.holds(name+".pcap", ".8080: Flags [S]") // a probe that came later: what was sent before is in the file
+	c.holds(name+".pcap", ".8080: Flags [S]") // a probe, which came later
 	if got := c.read(name+".pcap", "port", "53"); strings.Contains(got, "example") || strings.Contains(got, ".53: ") {
 		c.Errorf("a name in a filter was looked up: %s", got)
 	}
 	c.exact("1 " + name)
 }
 
-// C3, C4
 func (c *cluster) special() {
 	c.create(c.manifest("several", options{annotations: []string{"=1"}, init: say("from init"), command: say("from main") + idle,
 		second: say("from second") + idle}),
@@ -791,21 +428,14 @@ func (c *cluster) special() {
 		c.Errorf("a container that crashes disturbed the capture: PID %s, then %s", pid, got)
 	}
 	// The same name in another namespace has the first 8 of its UID in its file names; web's end touches no other's.
-	other := *c
-	other.namespace += "-2"
-	c.kubectl("create", "namespace", other.namespace)
-	defer c.try("delete", "namespace", other.namespace, "--timeout=3m")
+	other := c.elsewhere("-2")
 	other.create(other.manifest("web", options{annotations: []string{"=3"}}))
 	twin := "web_" + other.uid("web")[:8]
 	c.exact(append(all, "3 "+twin)...)
-	if _, said, err := c.readAll("web"); err == nil || !strings.Contains(said, "/capture-web.pcap /capture-"+twin+".pcap") {
-		c.Errorf("cat of a name that two pods have: %v, %s", err, said)
-	}
 	c.annotate("web", "-")
 	c.exact(append(all[1:], "3 "+twin)...)
 }
 
-// C9
 func (c *cluster) filter() {
 	c.annotate("web", "=2")
 	c.exact("2 web")
@@ -823,16 +453,15 @@ func (c *cluster) filter() {
 	c.another(pid, "2 web")
 }
 
-// C10
 func (c *cluster) interfaces() {
 	c.create(c.manifest("pair", options{annotations: []string{"=1", "/interface=lo"},
 		command: "while true; do cat </dev/tcp/127.0.0.1/4444; sleep 0.2; done",
 		second: `exec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalAddr => "127.0.0.1:4444", Listen => 9, ReuseAddr => 1);
 			while ($c = $s->accept) { print $c "over loopback\n"; close $c }'`}))
+	c.annotate("web", "=1", "/interface=net9")
 	c.exact("1 pair")
 	c.holds("pair.pcap", "over loopback")
-	c.annotate("web", "=1", "/interface=net9")
-	c.told("web", "CaptureFailed", "Warning", "the pod has no interface net9, but ", "it is tried again in ")
+	c.told("web", "CaptureWaiting", "Warning", "Waiting for the interface net9: the pod has lo, eth0")
 	c.exact("1 pair")
 	link := `for p in /proc/[0-9]*; do
 		tr _ - <$p/cgroup | grep -q ` + c.uid("web") + ` && exec nsenter -t ${p#/proc/} -n ip link `
@@ -841,25 +470,139 @@ func (c *cluster) interfaces() {
 	c.row("the interface comes that is asked for", "captured", c.exact("1 pair", "1 web"))
 }
 
-// C4: whoever fits goes first.
+// A crash loop whose pod has no pause process, as with CRI-O, has no process at all between two runs.
+// The pauses grow: 10 s, 20 s, 40 s.
+func (c *cluster) crashLoopBegins() {
+	c.runtimeClass("nopause")
+	loop := c.manifest("loop", options{runtime: "nopause", annotations: []string{"=1"}, command: say("crashing") + "exit 1"})
+	delete(loop["metadata"].(map[string]any), "labels") // it is not of this step alone
+	c.Cleanup(func() {
+		if len(*c.beside) == 0 {
+			c.try("delete", "pod", "loop")
+		}
+	})
+	c.create(loop)
+	c.exact("1 loop")
+	*c.beside = []string{"1 loop"}
+	*c.loopPID = c.pid("1 loop")
+}
+
+func (c *cluster) crashLoopEnds() {
+	if len(*c.beside) == 0 {
+		c.Skip("there is no crash loop")
+	}
+	c.until(func() string { // the last two runs have 20 s in between
+		if seen := strings.Count(c.read("loop.pcap"), "crashing"); seen < 4 {
+			return fmt.Sprintf("packets of %d of 4 runs are captured", seen)
+		}
+		return ""
+	})
+	if got := c.pid("1 loop"); got != *c.loopPID {
+		c.Errorf("the pauses ended the capture: PID %s, then %s", *c.loopPID, got)
+	}
+	*c.beside = nil
+	c.kubectl("delete", "pod", "loop")
+	c.row("a crash loop without a pause process, over a pause of 20 s", "each run is captured, by the same tcpdump", 0)
+}
+
+// runtimeClass names a handler of the node's containerd, as pods ask for it.
+func (c *cluster) runtimeClass(name string) {
+	_, err := c.pipe(fmt.Sprintf(`{"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": %q}, "handler": %[1]q}`, name),
+		"apply", "-f", "-")
+	c.must(err)
+	c.outer.Cleanup(func() { c.try("delete", "runtimeclass", name, "--ignore-not-found") })
+}
+
+// A pod is found whoever makes its cgroups, with or without a pause process, and in a user namespace.
+func (c *cluster) runtimes() {
+	c.runtimeClass("cgroupfs")
+	c.runtimeClass("nopause")
+	say := say("hello") + idle
+	c.create(c.manifest("cgroupfs", options{runtime: "cgroupfs", annotations: []string{"=1"}, command: say}),
+		c.manifest("nopause", options{runtime: "nopause", annotations: []string{"=1"}, command: say}),
+		c.manifest("users", options{hasOwnUsers: true, annotations: []string{"=1"}, command: say}))
+	c.exact("1 cgroupfs", "1 nopause", "1 users")
+	for _, name := range []string{"cgroupfs", "nopause", "users"} {
+		c.holds(name+".pcap", "hello")
+	}
+	c.kubectl("delete", "pod", "cgroupfs", "nopause", "users")
+	c.row("pods of a runtime with cgroupfs, without a pause process, with hostUsers: false", "captured from their first packet on", 0)
+}
+
+// A namespace in which no Event can be created, because its admission webhook hangs, does not hold up
+// the Events of another one.
+func (c *cluster) webhook() {
+	noisy := c.elsewhere("-noisy")
+	_, err := c.pipe(fmt.Sprintf(`{"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+		"metadata": {"name": %q}, "webhooks": [{"name": "hangs.example.com", "timeoutSeconds": 10, "failurePolicy": "Fail",
+		"clientConfig": {"url": "https://192.0.2.1/"}, "sideEffects": "None", "admissionReviewVersions": ["v1"],
+		"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": %[1]q}},
+		"rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["events"]}]}]}`, noisy.namespace),
+		"apply", "-f", "-")
+	c.must(err)
+	mend := func() { c.try("delete", "validatingwebhookconfiguration", noisy.namespace, "--ignore-not-found") }
+	defer mend()
+	noisy.create(noisy.manifest("noisy", options{annotations: []string{"=1"}}))
+	c.exact("1 noisy")
+	for i := range 3 {
+		noisy.annotate("noisy", fmt.Sprint("=", i+2)) // each has its Events
+	}
+	c.annotate("web", "=3")
+	c.exact("4 noisy", "3 web")
+	began := time.Now()
+	c.told("web", "CaptureStarted")
+	took := time.Since(began)
+	if took > 5*time.Second*slow {
+		c.Errorf("the Events of another namespace took %v", took)
+	}
+	if told := noisy.events("noisy", "CaptureStarted"); len(told) > 0 {
+		c.Errorf("the webhook does not hang: %q", told)
+	}
+	c.row("the webhook for Events of a namespace hangs", "the Events of others come", took)
+	mend()
+	noisy.told("noisy", "CaptureStarted", "4 files")
+}
+
+// Whoever fits goes first. Who has room keeps it when the filter changes, whoever waits for it.
 func (c *cluster) room() {
+	const files = (2<<30 - 64<<20) / 1_262_160 // for captures, of daemonset.yaml's ephemeral-storage
+	free := files - len(*c.beside) - 5
 	c.annotate("web", "=1000")
 	c.exact("1000 web")
-	c.annotate("web-2", "=1001") // beside web's, more than daemonset.yaml's ephemeral-storage holds
-	c.told("web-2", "CaptureWaiting", "Warning", "N=1001", "1000 of the ")
+	c.annotate("web-2", "=1001")
+	c.told("web-2", "CaptureWaiting", "Warning", "N=1001")
 	c.create(c.manifest("small", options{annotations: []string{"=5"}}))
 	c.exact("1000 web", "5 small")
+
+	pid := c.pid("1000 web")
+	c.annotate("web", "/filter=udp")
+	c.until(func() string {
+		if n, err := c.look(); err != nil || n.tcpdumps["1000 web"] == pid || n.tcpdumps["1000 web"] == "" {
+			return fmt.Sprintf("the filter is not changed: %v, %v", n.tcpdumps, err)
+		}
+		return ""
+	})
+	c.row("the filter of a capture changes while another waits for room", "it keeps its room, the other one waits", c.exact("1000 web", "5 small"))
+
+	pid = c.pid("1000 web")
+	c.annotate("web", fmt.Sprint("=", free+1))
+	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "goes on as it was")
+	c.exact("1000 web", "5 small")
+	if got := c.pid("1000 web"); got != pid {
+		c.Errorf("an N that there is no room for restarted the capture: PID %s, then %s", pid, got)
+	}
+	c.row("N grows beyond what is free", "refused, and told how many files are; the capture goes on, same PID", 0)
 	c.annotate("web", "-")
 	c.row("a capture that waits for room gets it", "it starts by itself", c.exact("1001 web-2", "5 small"))
 }
 
-// ---- cat ----
+// ---- What reads a capture ----
 
 var wrote = regexp.MustCompile(`(?m)^(\d+) packets?, (\d+) bytes$`)
 
-// readAll is what packetcapture cat writes and says.
-func (c *cluster) readAll(args ...string) (data []byte, said string, err error) {
-	cmd := c.command(append([]string{"-n", "kube-system", "exec", c.capturePod(), "--", "packetcapture", "cat"}, args...)...)
+// packetcapture is what a command in the capture pod writes and says.
+func (c *cluster) packetcapture(args ...string) (data []byte, said string, err error) {
+	cmd := c.command(append([]string{"-n", "kube-system", "exec", c.capturePod(), "--", "packetcapture"}, args...)...)
 	stderr := new(bytes.Buffer)
 	cmd.Stderr = stderr
 	data, err = cmd.Output()
@@ -930,42 +673,59 @@ func (c *cluster) flow(perSecond, seconds int) (wait func() int) {
 	}
 }
 
-// following begins a cat -f, or what else is to read. What wait returns is what it wrote and said when it ended.
-func (c *cluster) following(command ...string) (cmd *exec.Cmd, wait func() ([]byte, string)) {
-	cmd = c.command(append([]string{"-n", "kube-system", "exec", "-i", c.capturePod(), "--"}, command...)...)
-	_, err := cmd.StdinPipe() // what cat -f reads to know that its client is there
+// make begins a make of the repository, as a script does: with nothing to read on stdin.
+func (c *cluster) make(args ...string) (cmd *exec.Cmd, stdout, stderr *bytes.Buffer) {
+	args = append(args, "--no-print-directory", "CLUSTER="+c.name, "CONTEXT="+c.context, "NAMESPACE="+c.namespace)
+	cmd, stdout, stderr = exec.Command("make", args...), new(bytes.Buffer), new(bytes.Buffer)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = "..", stdout, stderr
+	return cmd, stdout, stderr
+}
+
+// live begins `packetcapture live`. What wait returns is what it wrote and said when it ended.
+func (c *cluster) live(name string) (cmd *exec.Cmd, wait func() ([]byte, string)) {
+	c.Helper()
+	cmd = c.command("-n", "kube-system", "exec", "-i", c.capturePod(), "--", "packetcapture", "live", name)
+	_, err := cmd.StdinPipe()
 	c.must(err)
 	out, said := new(bytes.Buffer), new(bytes.Buffer)
 	cmd.Stdout, cmd.Stderr = out, said
 	c.must(cmd.Start())
+	c.readers(2) // it and its tcpdump
 	return cmd, func() ([]byte, string) { cmd.Wait(); return out.Bytes(), said.String() }
 }
 
+// readers waits until so many processes of cat and live run.
 func (c *cluster) readers(want int) {
 	c.Helper()
 	c.until(func() string {
 		if n, err := c.look(); err != nil || n.readers != want {
-			return fmt.Sprintf("%d cats run, not %d: %v", n.readers, want, err)
+			return fmt.Sprintf("%d readers run, not %d: %v", n.readers, want, err)
 		}
 		return ""
 	})
 }
 
-// C11
-func (c *cluster) cat() {
-	for _, args := range [][]string{{}, {"nobody"}, {""}, {"-x", "web"}, {"web", "web-2"}} {
-		if data, said, err := c.readAll(args...); err == nil || len(data) > 0 || !strings.Contains(said, "packetcapture: ") {
-			c.Errorf("cat %q: %v, %s", args, err, said)
-		}
+// refused checks that a command gives a sentence and no packet.
+func (c *cluster) refused(what string, data []byte, said string, err error) {
+	c.Helper()
+	if err == nil || len(data) > 0 || len(strings.Fields(said)) < 5 {
+		c.Errorf("%s: %v, %d bytes, and it says: %s", what, err, len(data), said)
+	}
+}
+
+func (c *cluster) reading() {
+	for _, args := range [][]string{{"cat"}, {"cat", "nobody"}, {"cat", ""}, {"cat", "-x", "web"}, {"dump", "web"}, {"cat", "web"},
+		{"live", "web"}, {"live", c.namespace + "/web"}, {"cat", "../" + c.namespace + "/web"}} {
+		data, said, err := c.packetcapture(args...)
+		c.refused(fmt.Sprintf("packetcapture %q", args), data, said, err)
 	}
 	c.annotate("web", "=3", "/filter=udp port 4444")
 	c.exact("3 web")
-	_, wait := c.following("packetcapture", "cat", "-f", "web")
-	c.readers(1)
+	_, wait := c.live(c.namespace + "/web")
 	last := c.flow(500, 5)() // 3.4 MB: over three rotations
 	var numbers []int
 	c.until(func() string {
-		data, said, err := c.readAll("web")
+		data, said, err := c.packetcapture("cat", c.namespace+"/web")
 		if err != nil {
 			return err.Error()
 		}
@@ -975,39 +735,99 @@ func (c *cluster) cat() {
 		return ""
 	})
 	c.annotate("web", "-")
-	data, said := wait()
-	if numbers := c.counted(data, said); len(numbers) != last || strings.Contains(said, "missing") {
-		c.Errorf("cat -f wrote %d of %d packets: %s", len(numbers), last, said)
+	data, said := wait() // it ends with the capture
+	if numbers, _ := c.numbers(data); len(numbers) != last {
+		c.Errorf("live wrote %d of %d packets: %s", len(numbers), last, said)
 	}
-	// A client that is gone, while no packet comes.
-	c.annotate("web", "=3")
+
+	c.annotate("web", "=3") // a client that goes, while no packet comes
 	c.exact("3 web")
-	began := time.Now()
-	client, _ := c.following("packetcapture", "cat", "-f", "web")
-	c.readers(1)
-	c.until(func() string { // a stdin that ends within a second is /dev/null at the other end
-		if time.Since(began) < 5*time.Second {
-			return "the client has just come"
+	client, _ := c.live(c.namespace + "/web")
+	client.Process.Kill()
+	c.readers(0)
+	c.row("the client of `live` killed while no packet comes", "`live` ends", 0)
+}
+
+// makePcapAndLive runs the Makefile's two targets as a script would.
+func (c *cluster) makePcapAndLive() {
+	c.annotate("web", "=3", "/filter=udp port 4444")
+	c.exact("3 web")
+	file := c.TempDir() + "/out.pcap"
+	live, stdout, said := c.make("live", "POD=web")
+	c.must(live.Start())
+	c.readers(2)
+	last := c.flow(50, 2)()
+	c.until(func() string {
+		cmd, _, said := c.make("-C", "test/..", "pcap", "POD=web", "OUT="+file)
+		if err := cmd.Run(); err != nil {
+			return fmt.Sprintf("make pcap: %v: %s", err, said)
+		}
+		data, err := os.ReadFile(file)
+		c.must(err)
+		if numbers, _ := c.numbers(data); len(numbers) != last {
+			return fmt.Sprintf("make pcap has %d of %d packets", len(numbers), last)
 		}
 		return ""
 	})
-	client.Process.Kill()
+	live.Process.Signal(syscall.SIGTERM)
+	live.Wait()
 	c.readers(0)
-	c.row("the client of `cat -f` killed while no packet comes", "`cat -f` ends", 0)
+	if numbers, _ := c.numbers(stdout.Bytes()); len(numbers) != last {
+		c.Errorf("make live wrote %d of %d packets: %s", len(numbers), last, said)
+	}
+	c.row("`make live` of a script, without a stdin, killed", "it had each packet, and no process is left", 0)
+
+	live, _, said = c.make("live", "POD=web")
+	c.must(live.Start())
+	c.readers(2)
+	c.annotate("web", "-")
+	began := time.Now()
+	if err := live.Wait(); err != nil {
+		c.Errorf("make live, when the annotation goes: %v: %s", err, said)
+	}
+	c.row("annotation removed", "`make live` ends", time.Since(began))
+	c.readers(0)
 }
 
-// C11
+// anotherPods: a pod that is not captured itself gives no packets, also where another one has its name.
+func (c *cluster) anotherPods() {
+	c.annotate("web", "=1", "/filter=udp port 4444")
+	c.exact("1 web")
+	c.kubectl("exec", "web", "--", "bash", "-c", say("<1>"))
+	c.holds("web.pcap", "<1>")
+	other := c.elsewhere("-2")
+	other.create(other.manifest("web", options{annotations: []string{"=5 "}}))
+	other.wait(ready, "web")
+	for _, why := range []string{"CaptureInvalid", "CaptureWaiting"} {
+		other.told("web", why)
+		for _, args := range [][]string{{"cat", "web"}, {"cat", other.namespace + "/web"}, {"live", other.namespace + "/web"}} {
+			data, said, err := c.packetcapture(args...)
+			c.refused(fmt.Sprintf("packetcapture %q after %s", args, why), data, said, err)
+		}
+		file := c.TempDir() + "/web.pcap"
+		for _, target := range []string{"pcap", "live"} {
+			cmd, stdout, said := other.make(target, "POD=web", "OUT="+file)
+			err := cmd.Run()
+			c.refused("make "+target+" after "+why, stdout.Bytes(), said.String(), err)
+		}
+		if _, err := os.Stat(file); err == nil {
+			c.Errorf("make pcap has left a file after %s", why)
+		}
+		if why == "CaptureInvalid" {
+			other.annotate("web", "=5", "/interface=net9")
+		}
+	}
+	c.row("a pod that is not captured, where another has its name", "`cat`, `live`, `make pcap` and `make live` give a sentence, no packet", 0)
+}
+
 func (c *cluster) catFast() {
 	c.annotate("web", "=3", "/filter=udp port 4444")
 	c.exact("3 web")
-	_, follow := c.following("packetcapture", "cat", "-f", "web")
-	// kubectl exec cuts the stream of a slow reader: it reads in the pod, and throws away what comes after 10 s.
-	_, slow := c.following("bash", "-c", `packetcapture cat -f web | { for i in {1..100}; do head -c 65536; sleep 0.1; done; cat >/dev/null; }`)
-	c.readers(2)
-	flow := c.flow(3600, 30)
+	_, wait := c.live(c.namespace + "/web")
+	flow := c.flow(3600, 20)
 	tries := 0
-	for began := time.Now(); time.Since(began) < 30*time.Second; tries++ {
-		data, said, err := c.readAll("web")
+	for began := time.Now(); time.Since(began) < 20*time.Second; tries++ {
+		data, said, err := c.packetcapture("cat", c.namespace+"/web")
 		c.must(err)
 		numbers := c.counted(data, said)
 		lines, err := c.pipe(string(data), "-n", "kube-system", "exec", "-i", c.capturePod(), "--", "tcpdump", "-Z", "root", "-nn", "-r", "-")
@@ -1017,20 +837,13 @@ func (c *cluster) catFast() {
 	}
 	last := flow()
 	c.annotate("web", "-")
-	data, said := follow()
-	numbers := c.counted(data, said)
-	if n := len(numbers); n == 0 || numbers[n-1] < last-last/10 {
-		c.Errorf("cat -f did not go on to %d", last)
-	}
-	if _, said := slow(); !strings.Contains(said, "may be missing") {
-		c.Errorf("a slow reader is not told what it missed: %s", said)
-	}
+	data, _ := wait()
+	numbers, _ := c.numbers(data)
 	c.told("web", "CaptureStopped", "captured, 0 dropped by the kernel")
-	c.row(fmt.Sprintf("%d times `cat`, and `cat -f`, while 5 MB/s rotate through 3 files for 30 s", tries),
-		fmt.Sprintf("each a whole pcap in order; `cat -f` has %d of %d packets, and says what it missed", len(numbers), last), 0)
+	c.row(fmt.Sprintf("%d times `cat`, and `live`, while 5 MB/s rotate through 3 files for 20 s", tries),
+		fmt.Sprintf("each a whole pcap in order; `live` has %d of %d packets", len(numbers), last), 0)
 }
 
-// C5
 func (c *cluster) many() {
 	var manifests []map[string]any
 	var want []string
@@ -1046,7 +859,6 @@ func (c *cluster) many() {
 	c.row("30 pods released at once", "all stopped, files gone", c.exact())
 }
 
-// C5
 func (c *cluster) nodeRestarted() {
 	c.annotate("web", "=2")
 	c.exact("2 web")

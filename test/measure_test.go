@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -86,6 +87,7 @@ func (a *admin) patch(namespace, pod, body string) (began time.Time) {
 	return began
 }
 
+// files is an annotation that asks for a number of files, "null" for none.
 func files(n string) string { return `"annotations":{"` + annotation + `":` + n + `}` }
 
 // rawEvent is when an event came, and how many bytes it has.
@@ -187,12 +189,13 @@ func plain(pid int, stem string) *exec.Cmd {
 
 // ---- The measurements ----
 
-// measurement collects figures, each beside its floor.
+// measurement collects figures, each beside its floor or its bound.
 type measurement struct {
 	*cluster
 	*admin
-	program int // PID
-	root    string
+	program   int // PID
+	root      string
+	arguments string // that the program gives tcpdump, without -W and -w
 }
 
 // compare is a row of the table. Machines are noisy: half above its goal fails.
@@ -203,8 +206,13 @@ func (m *measurement) compare(what, here, beside string, ratio, goal float64) {
 	}
 }
 
-// times compares medians. The ratio is the median of the single ones, each beside its own floor, a sum of two: so the
-// machine's changes of pace don't count.
+// below compares a figure with the most that it should be.
+func (m *measurement) below(what, format string, measured, most float64) {
+	m.compare(what, fmt.Sprintf(format, measured), fmt.Sprintf(format, most), measured/most, 1)
+}
+
+// times compares medians. The ratio is the median of the single ones, each beside its own floor, a sum of two:
+// so the machine's changes of pace don't count.
 func (m *measurement) times(what, floor string, goal float64, measured, first, second []time.Duration) {
 	var ratios []float64
 	for i := range measured {
@@ -214,8 +222,7 @@ func (m *measurement) times(what, floor string, goal float64, measured, first, s
 }
 
 func (m *measurement) memory(when string, goal float64) {
-	rss := field(m.program, "status", "VmRSS:") / 1024
-	m.compare("Memory "+when, fmt.Sprintf("%.1f MiB", rss), fmt.Sprintf("%.0f MiB", goal), rss/goal, 1)
+	m.below("Memory "+when, "%.1f MiB", field(m.program, "status", "VmRSS:")/1024, goal)
 }
 
 func TestMeasure(t *testing.T) {
@@ -223,6 +230,7 @@ func TestMeasure(t *testing.T) {
 		t.Fatal("make measure must run as root")
 	}
 	c := newCluster(t)
+	*c.table = [][]string{{"what", "measured", "beside", "ratio (median of pairs)", "goal"}}
 	m := &measurement{cluster: c, admin: newAdmin(c.kubectl(strings.Fields(viewConfig)...))}
 	c.kubectl("-n", "kube-system", "rollout", "restart", "daemonset/packetcapture") // what it did before is no idleness
 	c.kubectl("-n", "kube-system", "rollout", "status", "daemonset/packetcapture", "--timeout=3m")
@@ -232,7 +240,7 @@ func TestMeasure(t *testing.T) {
 	if m.program == 0 {
 		t.Fatal("no packetcapture on " + c.node)
 	}
-	m.memory("idle", 10)
+	m.memory("idle", 8.2)
 	c.create(c.manifest("web", options{command: "exec sleep infinity"}))
 	c.wait(ready, "web")
 	ctx, cancel := context.WithCancel(context.Background())
@@ -240,14 +248,17 @@ func TestMeasure(t *testing.T) {
 	raw := m.watch(ctx, c.namespace, "web")
 	<-raw // ADDED
 	m.one(raw)
+	m.another()
 	m.changes(raw)
+	m.live()
+	m.waiting()
 	m.hundred()
 	info := check(os.Stat(fmt.Sprintf("/proc/%d/exe", m.program)))
-	m.compare("The program", fmt.Sprintf("%.2f MB", float64(info.Size())/1e6), "7 MB", float64(info.Size())/7e6, 1)
+	m.below("The program", "%.2f MB", float64(info.Size())/1e6, 7)
 	packages, added := installed(c.image), layers(c.image)
 	m.compare("The image, above its base", fmt.Sprintf("%.1f MB", added),
 		fmt.Sprintf("%.1f MB (7 MB, tcpdump and its libraries)", 7+packages), added/(7+packages), 1.1)
-	c.write("measure.txt", "what", "measured", "beside", "ratio", "goal")
+	c.write("measure.txt", *c.table, loss(t, m.arguments), load(t))
 }
 
 // one starts and stops the capture of one pod, twenty times, each beside its floor.
@@ -265,6 +276,14 @@ func (m *measurement) one(raw chan rawEvent) {
 		floor := plain(sleeper, floorFile)
 		run = append(run, m.closely("the floor's file", func() bool { return exists(floorFile + "0") }).Sub(began))
 		quietly(200 * time.Millisecond)
+		for _, pid := range m.hostPIDs("tcpdump", "/capture-web.pcap") {
+			words := strings.Split(readFile(fmt.Sprintf("/proc/%d/cmdline", pid)), "\x00")
+			for _, option := range []string{"-W", "-w"} {
+				i := slices.Index(words, option)
+				words = slices.Delete(words, i, i+2)
+			}
+			m.arguments = strings.Join(words[1:], " ")
+		}
 
 		began = m.patch(m.namespace, "web", files("null"))
 		stop = append(stop, m.closely("no file", func() bool { return !exists(file) }).Sub(began))
@@ -275,14 +294,98 @@ func (m *measurement) one(raw chan rawEvent) {
 		end = append(end, time.Since(began))
 		os.Remove(floorFile + "0")
 	}
-	m.times("Start: PATCH to the first file", "raw event + nsenter tcpdump", 1.15, start, started, run)
-	m.times("Stop: PATCH to tcpdump and files gone", "raw event + SIGTERM to exit", 1.15, stop, stopped, end)
+	m.times("Start: PATCH to the first file", "raw event + nsenter tcpdump", 1.10, start, started, run)
+	m.times("Stop: PATCH to tcpdump and files gone", "raw event + SIGTERM to exit", 1.10, stop, stopped, end)
 }
 
 func drain(raw chan rawEvent) {
 	for len(raw) > 0 {
 		<-raw
 	}
+}
+
+// another changes N twenty times, each time beside a plain tcpdump that is ended and started again. The names
+// of the files differ with N.
+func (m *measurement) another() {
+	var took, floors []time.Duration
+	sleeper, floorFile := m.hostPIDs("sleep", "infinity")["web"], m.TempDir()+"/floor.pcap"
+	m.patch(m.namespace, "web", files(`"2"`))
+	last, floor := m.root+"/capture-web.pcap0", plain(sleeper, floorFile)
+	for i := range 20 {
+		m.closely("a file", func() bool { return exists(last) && exists(floorFile+"0") })
+		quietly(300 * time.Millisecond)
+		last = m.root + []string{"/capture-web.pcap00", "/capture-web.pcap0"}[i%2]
+		began := m.patch(m.namespace, "web", files([]string{`"12"`, `"2"`}[i%2]))
+		took = append(took, m.closely("the new file", func() bool { return exists(last) }).Sub(began))
+
+		began = time.Now()
+		floor.Process.Signal(syscall.SIGTERM)
+		floor.Wait()
+		os.Remove(floorFile + "0")
+		floor = plain(sleeper, floorFile)
+		floors = append(floors, m.closely("the floor's new file", func() bool { return exists(floorFile + "0") }).Sub(began))
+	}
+	floor.Process.Kill()
+	floor.Wait()
+	m.patch(m.namespace, "web", files("null"))
+	m.closely("no file", func() bool { return !exists(last) })
+	m.compare("N changed: PATCH to the new tcpdump's first file", ms(median(took)),
+		"45 ms; "+ms(median(floors))+" from SIGTERM to the first file of nsenter tcpdump", float64(median(took))/45e6, 1)
+}
+
+// live measures how late `make live` is: from a packet's own time to its arrival on stdout.
+func (m *measurement) live() {
+	m.annotate("web", "=2", "/filter=udp port 4444")
+	m.closely("a file", func() bool { return exists(m.root + "/capture-web.pcap0") })
+	cmd, _, said := m.make("live", "POD=web")
+	cmd.Stdout = nil
+	stdout := check(cmd.StdoutPipe())
+	check(0, cmd.Start())
+	defer func() { cmd.Process.Signal(syscall.SIGTERM); cmd.Wait() }()
+	header := make([]byte, 24) // it listens
+	check(io.ReadFull(stdout, header))
+	const packets = 300
+	sender := m.command("exec", "web", "--", "bash", "-c",
+		fmt.Sprintf("for ((i = 0; i < %d; i++)); do echo hello >/dev/udp/192.0.2.1/4444; sleep 0.02; done", packets))
+	check(0, sender.Start())
+	var late []float64 // milliseconds
+	for range packets {
+		head := make([]byte, 16)
+		if _, err := io.ReadFull(stdout, head); err != nil {
+			m.Fatalf("make live ended after %d packets: %v: %s", len(late), err, said)
+		}
+		check(io.ReadFull(stdout, make([]byte, binary.LittleEndian.Uint32(head[8:]))))
+		sent := time.Unix(int64(binary.LittleEndian.Uint32(head)), int64(binary.LittleEndian.Uint32(head[4:]))*1000)
+		late = append(late, float64(time.Since(sent).Microseconds())/1000)
+	}
+	check(0, sender.Wait())
+	slices.Sort(late)
+	m.below("`make live`: from a packet's time to stdout, median", "%.1f ms", median(late), 5)
+	m.below("the same, of 95 % of the packets", "%.1f ms", late[packets*95/100], 5)
+	m.annotate("web", "-", "/filter-")
+	m.closely("no file", func() bool { return !exists(m.root + "/capture-web.pcap0") })
+}
+
+// waiting has five pods wait for an interface that is not there, and five that do not run because of a
+// volume that is missing.
+func (m *measurement) waiting() {
+	var manifests []map[string]any
+	for i := range 10 {
+		o := options{command: "exec sleep infinity", annotations: []string{"=1", "/interface=net9"}}
+		if i >= 5 {
+			o = options{volume: "missing", annotations: []string{"=1"}}
+		}
+		manifests = append(manifests, m.manifest(fmt.Sprint("waits-", i), o))
+	}
+	m.create(manifests...)
+	for i := range 10 {
+		m.told(fmt.Sprint("waits-", i), "CaptureWaiting")
+	}
+	const during = 20 * time.Second
+	before := cpu(m.program)
+	quietly(during)
+	m.below("CPU with ten pods that wait", "%.1f %% of a core", 100*(cpu(m.program)-before).Seconds()/during.Seconds(), 3)
+	m.kubectl("delete", "pod", "-l", "app=waits")
 }
 
 // changes makes 3,000 changes that need nothing done: what do they cost?
@@ -307,7 +410,7 @@ func (m *measurement) changes(raw chan rawEvent) {
 	each := func(d time.Duration) float64 { return float64(d.Microseconds()) / changes / 1000 }
 	ours, floor := each(cpu(m.program)-spent), each(cpu(reader.Process.Pid)-readers)
 	m.compare("CPU for a change that needs nothing, one by one", fmt.Sprintf("%.3f ms", ours),
-		fmt.Sprintf("%.3f ms (a Go program that only reads the watch)", floor), ours/floor, 2)
+		fmt.Sprintf("%.3f ms (a Go program that only reads the watch)", floor), ours/floor, 1.6)
 	wire, json := (received()-bytes)/changes, float64(size)/changes
 	m.compare("Bytes for a change, on the wire", fmt.Sprintf("%.0f", wire), fmt.Sprintf("%.0f (its metadata as JSON)", json), wire/json, 1.15)
 	m.memory(fmt.Sprintf("after %d changes", changes), 12)
@@ -365,13 +468,13 @@ func (m *measurement) hundred() {
 		start = append(start, m.closely("all files", all(m.root+"/capture-", true)).Sub(began))
 		quietly(time.Second)
 		if round == 0 {
-			m.memory(fmt.Sprintf("with %d captures", many), 12)
+			m.memory(fmt.Sprintf("with %d captures", many), 13)
 		}
 		began = patchAll(files("null"))
 		stop = append(stop, m.closely("no file", all(m.root+"/capture-", false)).Sub(began))
 	}
-	m.times(fmt.Sprintf("%d pods annotated at once: all captured", many), "plain tcpdumps + PATCHes", 1.5, start, plainStart, patches)
-	m.times(fmt.Sprintf("%d pods released at once: all gone", many), "SIGTERM to exits + PATCHes", 1.5, stop, plainStop, patches)
+	m.times(fmt.Sprintf("%d pods annotated at once: all captured", many), "plain tcpdumps + PATCHes", 1.3, start, plainStart, patches)
+	m.times(fmt.Sprintf("%d pods released at once: all gone", many), "SIGTERM to exits + PATCHes", 1.3, stop, plainStop, patches)
 }
 
 // layers is how many MB the program and the packages take in an image.
