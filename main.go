@@ -492,7 +492,7 @@ func (c *capture) live(ctx context.Context) {
 
 	for retry := tcpdumpBackoff; ; {
 		s, ok := c.await(ctx)
-		if !ok && !c.captured && c.told != "" && context.Cause(ctx) != errReplaced {
+		if !ok && !c.captured && context.Cause(ctx) != errReplaced {
 			c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 		}
 		if !ok {

@@ -814,7 +814,7 @@ func TestRemovedWhileStarting(t *testing.T) {
 			w.born(50, web)
 			w.lose(web)
 			w.pass(shutdown)
-			w.expect(nil)
+			w.expect(nil, stopped+": nothing was captured")
 		})
 	}
 }

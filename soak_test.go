@@ -93,6 +93,7 @@ type walkPod struct {
 	ifRefused *fakeChild        // runs undisturbed if the last is refused
 	hasFiles  bool              // also without a child
 	room      int               // files that it has room for
+	isTold    bool              // of a capture an Event has told, and then nothing but a removal has come
 }
 
 // request is what annotations ask for. Without files it is nothing.
@@ -226,6 +227,7 @@ func (w *walker) halt() {
 	must(w, os.RemoveAll(filepath.Join(w.root, "captures")))
 	for _, p := range w.pods[1:] { // the next program does not know what ran before
 		p.since, p.isLarger, p.child, p.ifRefused, p.hasFiles, p.room = len(p.asked)-1, false, nil, nil, false, 0
+		p.isTold = false
 	}
 	w.end = nil
 }
@@ -430,7 +432,7 @@ func (w *walker) book(p *walkPod, annotations map[string]string) {
 	asked.iface = cmp.Or(iface, map[bool]string{false: podInterface, true: "any"}[p.name == hostPod])
 	asked.n, _ = strconv.Atoi(value)
 	w.note("  %s: %q, valid: %v", p, annotations, isValid)
-	p.annotations = annotations
+	p.annotations, p.isTold = annotations, p.isTold && value == ""
 	if !isValid || asked.n > w.limit || maps.Equal(annotations, p.right) {
 		return
 	}
@@ -691,6 +693,7 @@ func (w *walker) settle() {
 		if p.child, p.ifRefused, p.room = c, nil, 0; c != nil || p.hasFiles {
 			p.room = p.want().n
 		}
+		p.isTold = p.want().n > 0
 	}
 	w.patience = quietLimit
 }
@@ -760,7 +763,9 @@ func (w *walker) judge(p *walkPod, c *fakeChild, link string) error {
 			may = "CaptureInvalid CaptureStarted" // it goes on as it was
 		}
 	case p.want().n == 0:
-		may = " CaptureStopped CaptureInvalid CaptureFailed CaptureWaiting CaptureContinued"
+		if may = "CaptureStopped"; !p.isTold {
+			may = " CaptureStopped CaptureInvalid CaptureFailed CaptureWaiting CaptureContinued"
+		}
 	case p.isLarger:
 		may += " CaptureInvalid"
 	case p.hasFiles:
