@@ -534,7 +534,8 @@ func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
 		if s.network == "" {
 			poll = birthPoll
 		}
-		if waited >= birthTime || c.captured {
+		// A pod that has ended does not come back. One with a cgroup may get a new network.
+		if waited >= birthTime || c.captured && c.agent.cgroups.of(c.pod) == "" {
 			poll = time.Second
 		}
 		sleep(ctx, poll)
