@@ -7,8 +7,9 @@
 //	kubectl annotate pod web tcpdump.antrea.io="5"
 //
 // is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to
-// /capture-web.pcap4, in the packetcapture container of that node. A changed number starts the
-// capture again. When the annotation or the pod goes, the capture stops and its files are deleted.
+// /capture-web.pcap4, in the packetcapture container of that node. A changed annotation starts the
+// capture over. When the annotation is removed or the pod is deleted, the capture stops and its files
+// are deleted.
 // Two more annotations say what is captured:
 //
 //	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default: every packet
@@ -27,8 +28,9 @@
 //	DISK_FREE    percent of the disk that captures leave free; default: 15
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
-// (*podWatch).follow starts and stops captures as the annotations ask, and (*capture).live is the
-// life of one. These two are the program; the rest is detail.
+// (*podWatch).follow keeps a watch of the node's pods, (*podWatch).apply starts and stops captures as
+// the annotations ask, and (*capture).live is the life of one. These three are the program; the rest
+// is detail.
 package main
 
 import (
@@ -122,7 +124,7 @@ func main() {
 	}
 }
 
-// run is the controller or, with arguments, the command that they name.
+// run executes the command that the arguments name. Without arguments it runs the controller.
 func run(ctx context.Context, arguments []string) error {
 	switch {
 	case len(arguments) == 2 && arguments[0] == "cat":
@@ -182,7 +184,7 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 	return cfg, err
 }
 
-// agent is what the watch and the captures of a node share.
+// agent holds what the watch and all captures of this node share.
 type agent struct {
 	config
 	api     *client
@@ -211,7 +213,9 @@ func newAgent(cfg config) (*agent, error) {
 	a.events.ctx, a.events.stop = context.WithCancel(context.Background())
 	// The readiness probe only connects. Without the timeout idle connections would pile up.
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
-	a.ready = sync.OnceFunc(func() { go probe.ListenAndServe() })
+	a.ready = sync.OnceFunc(func() {
+		go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
+	})
 	return a, nil
 }
 
@@ -261,15 +265,15 @@ func newPodWatch(a *agent) *podWatch {
 	return &podWatch{agent: a, captures: captures, version: anyVersion, retry: requestBackoff}
 }
 
-// follow watches until ctx ends. No trouble with a watch stops a capture.
+// follow keeps a watch open until ctx ends. A broken watch never stops a capture.
 func (w *podWatch) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		version := w.version
 		err := w.watch(ctx)
 		isGone := statusOf(err) == http.StatusGone
 
-		// Begin anew if the server has no history since our version, and also if it has sent nothing, not
-		// even a bookmark: then it is behind us, as after a restore of etcd.
+		// Begin anew if the server has no history since our version. Do the same if a whole watch has not
+		// moved our version, not even by a bookmark: the server may be behind it, after a restore of etcd.
 		if isGone || err == nil && w.version == version {
 			w.version = anyVersion
 		}
@@ -371,6 +375,8 @@ func (w *podWatch) apply(ctx context.Context, p pod) {
 	case f.pod == p:
 		return
 	}
+	// The new capture exists before the annotations are checked, because it may take over the old one's
+	// room. It goes on if the annotations are those of the running capture again, after invalid ones.
 	c := &capture{agent: w.agent, pod: p, replaces: f.capture, ended: make(chan struct{})}
 	last, goesOn := f.refusal, f.capture != nil && f.capture.pod == p
 	w.captures[p.uid], f.pod, f.refusal = f, p, ""
@@ -460,7 +466,7 @@ func (w *podWatch) compile(ctx context.Context, p pod) string {
 
 // ---- A capture, from its start to its last file ----
 
-// capture is one capture of one pod. Its own goroutine changes it.
+// capture is one capture of one pod. Its own goroutine changes it, stem and room under the disk's lock.
 type capture struct {
 	agent    *agent
 	pod      pod
@@ -481,7 +487,8 @@ func (c *capture) tell(kind, reason, format string, a ...any) {
 	}
 }
 
-// live is the life of a capture, until ctx has ended, tcpdump has exited and the files are deleted.
+// live is the life of a capture: it waits for the pod, runs tcpdump, and runs it again when it fails.
+// It returns when ctx has ended, tcpdump has exited and the files are deleted.
 func (c *capture) live(ctx context.Context) {
 	defer close(c.ended)
 	defer c.clear()
@@ -500,9 +507,11 @@ func (c *capture) live(ctx context.Context) {
 		}
 		began := time.Now()
 		err := c.runTcpdump(ctx, s)
+		// A run of more than a minute was a success, so the pauses begin small again.
 		if time.Since(began) > time.Minute {
 			retry.failures = 0
 		}
+		// If the network is gone, await tells it, unless it comes back soon.
 		now, hasNetwork := c.agent.cgroups.find(c.pod, s)
 		switch {
 		case ctx.Err() != nil:
@@ -606,7 +615,7 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 
 // ---- tcpdump: one run of it ----
 
-// runTcpdump captures until ctx ends, or tcpdump, or oversee stops it. It returns why.
+// runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns why.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	network, err := c.agent.cgroups.open(s, c.pod)
 	if err != nil {
@@ -628,7 +637,9 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	}
 	c.counts = "no packet captured"
 	err = said.read(tcpdump, func() {
-		if c.counts = "an unknown number of packets captured"; ctx.Err() == nil { // as if it is killed now
+		// From now on it may write packets. If it is killed, it can't say how many.
+		c.counts = "an unknown number of packets captured"
+		if ctx.Err() == nil {
 			c.tellStarted(s, said.warning)
 		}
 	})
@@ -641,7 +652,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	return fmt.Errorf("tcpdump ended by itself (%s)", cmp.Or(said.complaint, status))
 }
 
-// oversee stops a tcpdump that should not run any more, and tells of one that can't be ended.
+// oversee stops tcpdump when the disk is full, or when the pod's network has gone or changed. If
+// tcpdump does not end, an Event says so.
 func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
@@ -661,6 +673,7 @@ func (c *capture) oversee(running, ended context.Context, stop func(error), s sa
 			stop(errors.New("the pod's network is gone"))
 		}
 	}
+	// It has been told to end. After termGrace it was sent SIGKILL, so now it should be gone.
 	if sleep(ended, termGrace+time.Second); ended.Err() == nil {
 		why := "SIGTERM and SIGKILL were sent, and it still runs; its files stay until it ends"
 		c.agent.events.tell(c.pod, "Warning", "CaptureFailed",
@@ -668,7 +681,8 @@ func (c *capture) oversee(running, ended context.Context, stop func(error), s sa
 	}
 }
 
-// arguments are nsenter's, which execs: the child's PID is tcpdump's. live has those behind the path.
+// arguments are the command line. nsenter executes tcpdump in its place, so the child's PID is
+// tcpdump's. The command live reads the line in /proc and takes over all arguments behind the path.
 func (c *capture) arguments(device string) []string {
 	// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet
 	// as it comes. With -Z root it may create the next file in /, which the user tcpdump may not. -p keeps
@@ -799,7 +813,7 @@ func (d *disk) handOver(c *capture) (free int) {
 		return d.limit // it will wait for its room
 	}
 	if free = d.free(old.stem); c.pod.files <= free {
-		// Until the old capture's files are deleted, both may be there.
+		// The old files are there first and the new ones afterwards. So the larger number is enough.
 		c.stem, c.room, d.owners[old.stem] = old.stem, max(old.room, c.pod.files), c
 	}
 	return free
@@ -1213,6 +1227,9 @@ type statusError struct {
 }
 
 func (e *statusError) Error() string {
+	if e.Code == 0 {
+		return e.Message
+	}
 	return fmt.Sprintf("%d %s: %s", e.Code, http.StatusText(e.Code), e.Message)
 }
 
@@ -1276,6 +1293,8 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	for _, path := range paths {
 		data, _ := os.ReadFile(path)
 		now, _ := readHead(path)
+		// tcpdump may overwrite a file while it is read. It is whole if it begins as it did before, both in
+		// what was read and afterwards.
 		switch head := heads[path]; {
 		case len(head) < pcapHeader:
 			continue
@@ -1327,7 +1346,7 @@ func live(ctx context.Context, root, name string) error {
 		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
 	}()
 	go func() {
-		for isAlive(stat) {
+		for ctx.Err() == nil && isAlive(stat) {
 			sleep(ctx, 100*time.Millisecond)
 		}
 		fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended.")
