@@ -1309,6 +1309,9 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 			return err
 		}
 	}
+	if written == 0 {
+		return fmt.Errorf("%s has no file to read yet: kubectl describe pod tells why", name)
+	}
 	noun := "packets"
 	if packets == 1 {
 		noun = "packet"
