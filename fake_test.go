@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
 	"maps"
 	"net"
@@ -39,7 +38,10 @@ import (
 func init() { slog.SetDefault(slog.New(slog.DiscardHandler)) }
 
 // lock locks mu, and returns what unlocks it: defer lock(&mu)().
-func lock(mu *sync.Mutex) (unlock func()) { mu.Lock(); return mu.Unlock }
+func lock(mu *sync.Mutex) (unlock func()) {
+	mu.Lock()
+	return mu.Unlock
+}
 
 // is checks a value.
 func is[T any](t testing.TB, what string, got, want T) {
@@ -69,6 +71,11 @@ func namesIn(t testing.TB, folder string) (names []string) {
 	return names
 }
 
+func readLink(path string) string {
+	target, _ := os.Readlink(path)
+	return target
+}
+
 // ---- /proc and the cgroups ----
 
 const host = "host" // the name of the host's network and root
@@ -76,11 +83,8 @@ const host = "host" // the name of the host's network and root
 // fakeProc is a folder that looks like /proc. The root of its process 1 has the tree of cgroups.
 type fakeProc struct {
 	testing.TB
-	dir string
-
-	mu        sync.Mutex
-	hierarchy string         // "" is cgroup v2, "/systemd" one of v1's
-	cgroups   map[int]string // of the processes
+	dir       string
+	hierarchy string // "" is cgroup v2, "/systemd" one of v1's
 }
 
 type fakeProcess struct {
@@ -92,7 +96,7 @@ type fakeProcess struct {
 
 // newProc is a node with cgroup v2 that systemd makes, as most nodes are.
 func newProc(t testing.TB) *fakeProc {
-	p := &fakeProc{TB: t, dir: t.TempDir(), cgroups: map[int]string{}}
+	p := &fakeProc{TB: t, dir: t.TempDir()}
 	p.interfaces(host, "lo", "ens3")
 	p.grow("", "/kubepods.slice/kubepods-burstable.slice", "/system.slice")
 	p.add(fakeProcess{pid: 1, net: host, root: host, born: 1})
@@ -102,9 +106,8 @@ func newProc(t testing.TB) *fakeProc {
 // grow makes the tree of cgroups anew, with some cgroups and no process. Of cgroup v1 a hierarchy is named.
 func (p *fakeProc) grow(hierarchy string, cgroups ...string) {
 	p.hierarchy = hierarchy
-	clear(p.cgroups)
-	must(p, os.RemoveAll(filepath.Dir(p.tree(""))), os.MkdirAll(p.tree(""), 0o755))
-	for _, cgroup := range cgroups {
+	must(p, os.RemoveAll(filepath.Dir(p.tree(""))))
+	for _, cgroup := range append(cgroups, "") {
 		p.make(cgroup)
 	}
 }
@@ -115,28 +118,18 @@ func (p *fakeProc) tree(cgroup string) string {
 }
 
 // make makes a cgroup, and those above it.
-func (p *fakeProc) make(cgroup string) {
-	must(p, os.MkdirAll(p.tree(cgroup), 0o755))
-	p.list(cgroup)
+func (p *fakeProc) make(cgroup string) { must(p, os.MkdirAll(p.tree(cgroup), 0o755)) }
+
+// list changes the processes in a cgroup's folder.
+func (p *fakeProc) list(folder string, change func(pids []string) []string) {
+	pids := change(strings.Fields(readFile(folder + "/cgroup.procs")))
+	slices.SortFunc(pids, func(a, b string) int { return cmp.Or(len(a)-len(b), strings.Compare(a, b)) })
+	p.write(folder+"/cgroup.procs", strings.Join(pids, "\n"))
 }
 
-// list writes a cgroup.procs, at once like the kernel.
-func (p *fakeProc) list(cgroup string) {
-	pids := ""
-	for _, pid := range slices.Sorted(maps.Keys(p.cgroups)) {
-		if p.cgroups[pid] == cgroup {
-			pids += fmt.Sprintln(pid)
-		}
-	}
-	p.write(p.tree(cgroup+"/cgroup.procs"), pids)
-}
-
+// write writes a file at once, like the kernel.
 func (p *fakeProc) write(path, text string) {
 	must(p, os.WriteFile(path+".new", []byte(text), 0o644), os.Rename(path+".new", path))
-}
-
-func (p *fakeProc) path(pid int, file string) string {
-	return filepath.Join(p.dir, strconv.Itoa(pid), file)
 }
 
 // interfaces sets what a network has. One that nobody has set has lo and eth0.
@@ -145,26 +138,25 @@ func (p *fakeProc) interfaces(net string, names ...string) {
 	for _, name := range names {
 		text += fmt.Sprintf("%6s: 1296 16 0 0 1296 16 0 0\n", name)
 	}
-	must(p, os.MkdirAll(folder, 0o755))
-	p.write(filepath.Join(folder, "dev"), text)
+	must(p, os.MkdirAll(folder, 0o755), os.WriteFile(folder+"/ns", nil, 0o644))
+	p.write(folder+"/dev", text)
 }
 
 // add starts a process, or changes one. Field 22 of its stat is when it started.
 func (p *fakeProc) add(ps fakeProcess) {
-	p.Helper()
-	net, root := filepath.Join(p.dir, "net-"+ps.net), filepath.Join(p.dir, "root-"+ps.root)
 	p.end(ps.pid)
+	pid := strconv.Itoa(ps.pid)
+	dir, net, root := filepath.Join(p.dir, pid), p.dir+"/net-"+ps.net, p.dir+"/root-"+ps.root
 	if _, err := os.Stat(net); err != nil {
 		p.interfaces(ps.net, "lo", "eth0")
 	}
-	stat := fmt.Sprintf("%d (a (b) c) S 1 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 %d 1000 2000 3 4\n", ps.pid, ps.born)
-	must(p, os.MkdirAll(p.path(ps.pid, "ns"), 0o755), os.MkdirAll(root, 0o755), os.WriteFile(net+"/ns", nil, 0o644),
-		os.Symlink(net+"/ns", p.path(ps.pid, "ns/net")), os.Symlink(root, p.path(ps.pid, "root")),
-		os.Symlink(net, p.path(ps.pid, "net")), os.WriteFile(p.path(ps.pid, "stat"), []byte(stat), 0o644))
-	defer lock(&p.mu)()
+	stat := fmt.Sprintf("%s (a (b) c) S 1 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 %d 10 20\n", pid, ps.born)
+	must(p, os.MkdirAll(dir+"/ns", 0o755), os.MkdirAll(root, 0o755), os.Symlink(net+"/ns", dir+"/ns/net"),
+		os.Symlink(net, dir+"/net"), os.Symlink(root, dir+"/root"), os.WriteFile(dir+"/stat", []byte(stat), 0o644))
 	if ps.cgroup != "" {
-		p.cgroups[ps.pid] = ps.cgroup
 		p.make(ps.cgroup)
+		must(p, os.Symlink(p.tree(ps.cgroup), dir+"/cgroup"))
+		p.list(dir+"/cgroup", func(pids []string) []string { return append(pids, pid) })
 	}
 }
 
@@ -175,30 +167,28 @@ func (p *fakeProc) pod(pid int, uid string) {
 
 // end ends a process. Its cgroup stays until gone, as that of a pod does until the kubelet removes it.
 func (p *fakeProc) end(pid int) {
-	must(p, os.RemoveAll(p.path(pid, "")))
-	defer lock(&p.mu)()
-	if cgroup := p.cgroups[pid]; cgroup != "" {
-		delete(p.cgroups, pid)
-		p.list(cgroup)
+	dir := filepath.Join(p.dir, strconv.Itoa(pid))
+	cgroup := readLink(dir + "/cgroup")
+	must(p, os.RemoveAll(dir))
+	if cgroup != "" {
+		isIt := func(other string) bool { return other == filepath.Base(dir) }
+		p.list(cgroup, func(pids []string) []string { return slices.DeleteFunc(pids, isIt) })
 	}
 }
 
 // gone removes the cgroup of a pod, and ends what is in it.
 func (p *fakeProc) gone(uid string) {
-	defer lock(&p.mu)()
-	for pid, cgroup := range p.cgroups {
-		if strings.HasPrefix(cgroup, filepath.Dir(cgroupOf(uid))) {
-			must(p, os.RemoveAll(p.path(pid, "")))
-			delete(p.cgroups, pid)
-		}
+	folder := p.tree(filepath.Dir(cgroupOf(uid)))
+	for _, pid := range processesIn(folder) {
+		must(p, os.RemoveAll(filepath.Join(p.dir, pid)))
 	}
-	must(p, os.RemoveAll(p.tree(filepath.Dir(cgroupOf(uid)))))
+	must(p, os.RemoveAll(folder))
 }
 
 // cgroupOf is the cgroup of a container of a burstable pod. The one above it is the pod's.
 func cgroupOf(uid string) string {
-	return "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + strings.ReplaceAll(uid, "-", "_") +
-		".slice/cri-containerd-cafe.scope"
+	return "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" +
+		strings.ReplaceAll(uid, "-", "_") + ".slice/cri-containerd-cafe.scope"
 }
 
 // ---- Children ----
@@ -260,53 +250,35 @@ func (k *children) start(ctx context.Context, network *os.File, arguments ...str
 		return nil, k.next.refusal
 	}
 	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments[1:],
-		quit: make(chan func() (string, error), 10)}
-	if _, err := network.Stat(); err != nil {
-		k.Errorf("the network's file is closed before the child has it: %v", err)
-	}
-	target, err := os.Readlink(network.Name())
-	must(k, err)
-	c.network = filepath.Dir(target)
+		network: filepath.Dir(readLink(network.Name())), quit: make(chan func() (string, error), 10)}
 	c.process, _ = strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(network.Name()))))
-	k.proc.add(fakeProcess{pid: c.pid, net: strings.TrimPrefix(filepath.Base(c.network), "net-"), root: "packetcapture"})
 	c.stem = c.option("-w")
 	c.n, _ = strconv.Atoi(c.option("-W"))
-	for _, other := range k.all {
-		if other.stem == c.stem && other.lives() {
-			k.Errorf("two children write %s", c.stem)
-		}
-	}
 	for i := range min(c.n, 3) {
-		file := c.stem
-		if c.n > 1 {
-			file += fmt.Sprintf("%0*d", len(strconv.Itoa(c.n-1)), i)
+		digits := fmt.Sprintf("%0*d", len(strconv.Itoa(c.n-1)), i)
+		if c.n == 1 {
+			digits = ""
 		}
-		c.files = append(c.files, filepath.Base(file))
-		must(k, os.WriteFile(file, make([]byte, 100), 0o644))
+		c.files = append(c.files, filepath.Base(c.stem+digits))
+		must(k, os.WriteFile(c.stem+digits, make([]byte, 100), 0o644))
 	}
+	net := strings.TrimPrefix(filepath.Base(c.network), "net-")
+	k.proc.add(fakeProcess{pid: c.pid, net: net, root: "packetcapture"})
 	k.all = append(k.all, c)
 	return begin(c.pid, func(stderr io.Writer) error { return k.live(ctx, c, stderr) }), nil
 }
 
-// compiler is tcpdump -d.
+// compiler is tcpdump -y <link type> -d -- <filter>.
 func (k *children) compiler(ctx context.Context, arguments []string) (*process, error) {
 	b, filter := k.next, arguments[len(arguments)-1]
-	if arguments[0] != "tcpdump" || arguments[1] != "-y" || !slices.Equal(arguments[3:5], []string{"-d", "--"}) {
-		k.Errorf("a filter is compiled with %q", arguments)
-	}
 	if filter == "refused" {
 		b.syntax = "tcpdump: can't parse filter expression: syntax error\n"
 	}
 	k.compiled, k.links = append(k.compiled, filter), append(k.links, arguments[2])
 	return begin(1, func(stderr io.Writer) error {
-		if sleep(ctx, b.compile); ctx.Err() != nil {
-			return errKilled
-		}
-		if b.syntax != "" {
-			io.WriteString(stderr, b.syntax)
-			return errStatus
-		}
-		return nil
+		sleep(ctx, b.compile)
+		io.WriteString(stderr, b.syntax)
+		return map[bool]error{true: errStatus}[b.syntax != "" || ctx.Err() != nil]
 	}), nil
 }
 
@@ -315,9 +287,8 @@ func begin(pid int, life func(stderr io.Writer) error) *process {
 	stderr, its := io.Pipe()
 	ended := make(chan error, 1)
 	go func() {
-		err := life(its)
+		ended <- life(its)
 		its.Close()
-		ended <- err
 	}()
 	return &process{pid, stderr, func() error { return <-ended }}
 }
@@ -348,11 +319,6 @@ func (k *children) live(ctx context.Context, c *fakeChild, stderr io.Writer) err
 				c.exit("", errKilled)
 			}
 		case end := <-c.quit:
-			for _, file := range c.files {
-				if _, err := os.Stat(filepath.Join(filepath.Dir(c.stem), file)); err != nil {
-					k.Errorf("a file is gone before its child: %v", err)
-				}
-			}
 			words, err := end()
 			io.WriteString(stderr, words)
 			return err
@@ -376,9 +342,9 @@ func (c *fakeChild) exit(words string, err error) {
 
 // ---- The API server ----
 
-// fakeAPI is what packetcapture needs of an API server: a watch of node-1's pods, and Events. Any other request
-// fails the test, which proves what RBAC must allow. It is an http.RoundTripper without any network, which
-// works in a bubble of testing/synctest. A real server can stand before it (serve).
+// fakeAPI is what packetcapture needs of an API server: a watch of node-1's pods, and Events. Any other
+// request fails the test, which proves what RBAC must allow. It is an http.RoundTripper without any network,
+// which works in a bubble of testing/synctest. A real server can stand before it (serve).
 type fakeAPI struct {
 	t             testing.TB
 	account       string        // the service account's folder, with a token and a CA that are right
@@ -390,14 +356,15 @@ type fakeAPI struct {
 	compacted int    // watches from before are answered 410
 	goneIs200 bool   // and that comes as an ERROR event
 	pods      map[string]fakePod
-	history   []frame
-	isFrozen  bool          // nothing is answered
-	changed   chan struct{} // closed and replaced when history grows, and by thaw
-	faults    map[string][]fault
+	history   []change
+	open      []*stream       // the watches, but for those that push or restore has ended
+	changed   chan struct{}   // closed and replaced when they get something
+	frozen    context.Context // nothing is answered until it ends
+	thaw      func()
+	faults    []fault
 	requests  []fakeRequest
-	events    []map[string]any     // the bodies that were posted and taken
-	names     map[string]time.Time // when they were taken
-	open      int                  // watches
+	events    []map[string]any     // that were posted and taken
+	taken     map[string]time.Time // when, by their bodies
 }
 
 // fakePod is a pod's metadata. A pod that is put again keeps its namespace and name; the UID may be another.
@@ -407,15 +374,14 @@ type fakePod struct {
 	version              int
 }
 
-// frame is a part of all watches' streams.
-type frame struct {
-	version int // watches from before get it when they begin; 0: only those that are open when it is sent
-	kind    string
-	pod     fakePod
+// change is one of a pod, as watches from an earlier version get it when they begin.
+type change struct {
+	version int
+	pods    map[string]fakePod // after it
 	data    []byte
-	end     ending // of the stream, behind data
 }
 
+// ending is how the open watches end.
 type ending int
 
 const (
@@ -434,6 +400,7 @@ type fakeRequest struct {
 
 // fault is what a request meets in place of its answer.
 type fault struct {
+	verb       string
 	times      int           // how often; below 1: until heal
 	hangs      time.Duration // before that. With neither code nor err the right answer comes then
 	isDone     bool          // what was asked for is done nevertheless
@@ -444,9 +411,10 @@ type fault struct {
 }
 
 func newFakeAPI(t testing.TB) *fakeAPI {
-	t.Helper()
 	f := &fakeAPI{t: t, account: t.TempDir(), token: "token-1", version: 100, pods: map[string]fakePod{},
-		changed: make(chan struct{}), faults: map[string][]fault{}, names: map[string]time.Time{}}
+		changed: make(chan struct{}), taken: map[string]time.Time{}}
+	f.frozen, f.thaw = context.WithCancel(context.Background())
+	f.thaw()
 	f.mount("token", f.token+"\n")
 	f.mount("ca.crt", string(someCA))
 	return f
@@ -454,7 +422,6 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 
 // mount writes a file of the service account's folder.
 func (f *fakeAPI) mount(name, text string) {
-	f.t.Helper()
 	must(f.t, os.WriteFile(filepath.Join(f.account, name), []byte(text), 0o600))
 }
 
@@ -464,7 +431,6 @@ func (f *fakeAPI) serve(listener net.Listener) {
 	server := httptest.NewUnstartedServer(&httputil.ReverseProxy{Transport: f, Rewrite: asIs, FlushInterval: -1})
 	server.Listener.Close()
 	server.Listener, server.EnableHTTP2 = listener, true
-	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	f.t.Cleanup(server.Close)
 }
@@ -472,11 +438,8 @@ func (f *fakeAPI) serve(listener net.Listener) {
 // put stores a pod and returns its version.
 func (f *fakeAPI) put(p fakePod) string {
 	defer lock(&f.mu)()
-	kind := "ADDED"
-	if _, exists := f.pods[p.namespace+"/"+p.name]; exists {
-		kind = "MODIFIED"
-	}
-	return f.change(kind, p)
+	_, exists := f.pods[p.namespace+"/"+p.name]
+	return f.change(map[bool]string{false: "ADDED", true: "MODIFIED"}[exists], p)
 }
 
 // remove deletes a pod, if there is one.
@@ -490,39 +453,29 @@ func (f *fakeAPI) remove(namespace, name string) {
 func (f *fakeAPI) change(kind string, p fakePod) string {
 	f.version++
 	p.version = f.version
-	f.store(kind, p)
-	f.send(frame{f.version, kind, p, watchFrame(kind, p.object()), goesOn})
-	return versionName(f.version)
-}
-
-func (f *fakeAPI) store(kind string, p fakePod) {
-	f.pods[p.namespace+"/"+p.name] = p
-	if kind == "DELETED" {
+	if f.pods[p.namespace+"/"+p.name] = p; kind == "DELETED" {
 		delete(f.pods, p.namespace+"/"+p.name)
 	}
+	f.history = append(f.history, change{f.version, maps.Clone(f.pods), watchFrame(kind, p.object())})
+	f.send(watchFrame(kind, p.object()), goesOn)
+	return versionName(f.version)
 }
 
 // restore brings back the store as it was at a version, as from a backup of etcd, and breaks the open
 // watches. A watch from a later version is accepted, and gets nothing at all.
 func (f *fakeAPI) restore(version string) {
 	defer lock(&f.mu)()
-	f.version = versionNumber(version)
-	clear(f.pods)
-	for i, e := range f.history {
-		if e.version > f.version {
-			f.history[i].version = 0
-		} else if e.version > 0 {
-			f.store(e.kind, e.pod)
-		}
-	}
-	f.send(frame{end: breaks})
+	i := slices.IndexFunc(f.history, func(c change) bool { return versionName(c.version) == version })
+	f.history = f.history[:i+1]
+	f.version, f.pods = f.history[i].version, maps.Clone(f.history[i].pods)
+	f.send(nil, breaks)
 }
 
 // bookmark tells the open watches of a version that came from changes elsewhere.
 func (f *fakeAPI) bookmark() string {
 	defer lock(&f.mu)()
 	f.version++
-	f.send(frame{data: bookmarkFrame(f.version)})
+	f.send(bookmarkFrame(f.version), goesOn)
 	return versionName(f.version)
 }
 
@@ -537,53 +490,63 @@ func (f *fakeAPI) compact(goneIs200 bool) {
 // push sends a text to the open watches as it is, and may end them.
 func (f *fakeAPI) push(text string, end ending) {
 	defer lock(&f.mu)()
-	f.send(frame{data: []byte(text), end: end})
+	f.send([]byte(text), end)
 }
 
-func (f *fakeAPI) send(e frame) { f.history = append(f.history, e); f.wake() }
-func (f *fakeAPI) wake()        { close(f.changed); f.changed = make(chan struct{}) }
+func (f *fakeAPI) send(data []byte, end ending) {
+	for _, s := range f.open {
+		s.data = append(s.data, data...)
+		s.end = map[ending]error{ends: io.EOF, breaks: io.ErrUnexpectedEOF}[end]
+	}
+	if end != goesOn {
+		f.open = nil
+	}
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
 
 // fail has the next requests of a verb meet a fault, after those that it was told of before. Verb is
-// "watch", "post", or "post <namespace>", which counts before "post".
+// "watch", "post", or "post <namespace>".
 func (f *fakeAPI) fail(verb string, next fault) {
 	defer lock(&f.mu)()
-	f.faults[verb] = append(f.faults[verb], next)
+	next.verb = verb
+	f.faults = append(f.faults, next)
 }
 
-// accept has any token but this one answered 401. freeze lets nothing through, on open watches neither, until
-// thaw. posted are the Events that were taken, and watching is the number of open watches.
+// accept has any token but this one answered 401. posted are the Events that were taken. watching is the
+// number of open watches, until one reaches its time limit.
 func (f *fakeAPI) accept(token string)      { defer lock(&f.mu)(); f.token = token }
-func (f *fakeAPI) heal()                    { defer lock(&f.mu)(); clear(f.faults) }
-func (f *fakeAPI) freeze()                  { defer lock(&f.mu)(); f.isFrozen = true }
-func (f *fakeAPI) thaw()                    { defer lock(&f.mu)(); f.isFrozen = false; f.wake() }
+func (f *fakeAPI) heal()                    { defer lock(&f.mu)(); f.faults = nil }
 func (f *fakeAPI) posted() []map[string]any { defer lock(&f.mu)(); return slices.Clone(f.events) }
-func (f *fakeAPI) watching() int            { defer lock(&f.mu)(); return f.open }
+func (f *fakeAPI) watching() int            { defer lock(&f.mu)(); return len(f.open) }
 
-// untilThawed waits, but not longer than ctx.
-func (f *fakeAPI) untilThawed(ctx context.Context) error {
-	for {
-		f.mu.Lock()
-		isFrozen, changed := f.isFrozen, f.changed
-		f.mu.Unlock()
-		if !isFrozen || ctx.Err() != nil {
-			return ctx.Err()
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-		}
+// freeze lets nothing through, on open watches neither, until thaw.
+func (f *fakeAPI) freeze() {
+	defer lock(&f.mu)()
+	if f.frozen.Err() != nil {
+		f.frozen, f.thaw = context.WithCancel(context.Background())
 	}
 }
 
-// nextFault takes the fault that a request meets, if any.
-func (f *fakeAPI) nextFault(verbs ...string) (next fault) {
-	for _, verb := range verbs {
-		if queue := f.faults[verb]; len(queue) > 0 {
-			next = queue[0]
-			if queue[0].times--; queue[0].times == 0 {
-				f.faults[verb] = queue[1:]
-			}
-			break
+// untilThawed waits, but not longer than ctx.
+func (f *fakeAPI) untilThawed(ctx context.Context) error {
+	f.mu.Lock()
+	frozen := f.frozen
+	f.mu.Unlock()
+	select {
+	case <-frozen.Done():
+	case <-ctx.Done():
+	}
+	return ctx.Err()
+}
+
+// nextFault takes the fault that a request meets, if any. The lock is held.
+func (f *fakeAPI) nextFault(verb, namespace string) (next fault) {
+	isMet := func(next fault) bool { return next.verb == verb || next.verb == verb+" "+namespace }
+	if i := slices.IndexFunc(f.faults, isMet); i >= 0 {
+		next = f.faults[i]
+		if f.faults[i].times--; f.faults[i].times == 0 {
+			f.faults = slices.Delete(f.faults, i, i+1)
 		}
 	}
 	return next
@@ -595,26 +558,25 @@ func (f *fakeAPI) asked(verb string) []fakeRequest {
 	return slices.DeleteFunc(slices.Clone(f.requests), func(r fakeRequest) bool { return r.verb != verb })
 }
 
-var isPost = regexp.MustCompile(`^POST /api/v1/namespaces/([^/]+)/events\? application/json$`)
+// The two requests that there are, each as a line.
+var (
+	isPost = regexp.MustCompile(
+		`^POST /api/v1/namespaces/([^/]+)/events\? \[application/json\] \[application/json\]$`)
+	isWatch = regexp.MustCompile(`^GET /api/v1/pods\?allowWatchBookmarks=true&` +
+		`fieldSelector=spec.nodeName%3Dnode-1&resourceVersion=\w+&timeoutSeconds=([345]\d\d|600)&watch=true ` +
+		`\[application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1\]`)
+)
 
 // check returns what a request asks for. Any other path, parameter or format fails the test.
 func (f *fakeAPI) check(r *http.Request) (verb, namespace string) {
-	query, isJSON := r.URL.Query(), r.Header.Get("Content-Type") == "application/json"
-	version, limit := query.Get("resourceVersion"), query.Get("timeoutSeconds")
-	query.Del("resourceVersion")
-	query.Del("timeoutSeconds")
-	seconds, _ := strconv.Atoi(limit)
-	line := r.Method + " " + r.URL.Path + "?" + query.Encode() + " " + r.Header.Get("Accept")
-	const watch = "GET /api/v1/pods?allowWatchBookmarks=true&fieldSelector=spec.nodeName%3Dnode-1&watch=true " +
-		"application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-	switch post := isPost.FindStringSubmatch(line); {
-	case !strings.HasPrefix(r.Header.Get("Authorization"), "Bearer "):
-	case post != nil && isJSON:
+	line := fmt.Sprintf("%s %s?%s %s %s", r.Method, r.URL.Path, r.URL.Query().Encode(),
+		r.Header["Accept"], r.Header["Content-Type"])
+	if post := isPost.FindStringSubmatch(line); post != nil {
 		return "post", post[1]
-	case line == watch && version != "" && seconds >= 300 && seconds <= 600:
+	} else if isWatch.MatchString(line) {
 		return "watch", ""
 	}
-	f.t.Errorf("the fake does not know this request: %s %s %v", r.Method, r.URL, r.Header)
+	f.t.Errorf("the fake does not know this request: %s", line)
 	return "", ""
 }
 
@@ -622,7 +584,7 @@ func (f *fakeAPI) RoundTrip(r *http.Request) (*http.Response, error) {
 	verb, namespace := f.check(r)
 	f.mu.Lock()
 	f.requests = append(f.requests, fakeRequest{time.Now(), verb, namespace, r.URL.Query(), r.ProtoMajor})
-	met, isStorm := f.nextFault(verb+" "+namespace, verb), len(f.requests) > 20_000
+	met, isStorm := f.nextFault(verb, namespace), len(f.requests) > 20_000
 	isKnown := r.Header.Get("Authorization") == "Bearer "+f.token
 	f.mu.Unlock()
 	if isStorm { // in a bubble a loop that does not wait would never end
@@ -633,19 +595,24 @@ func (f *fakeAPI) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, r.Context().Err()
 	}
 	if met.isDone {
-		f.create(r, namespace)
+		f.create(r)
 	}
 	switch {
-	case met.code != 0:
-		return met.answer(), nil
 	case met.err != nil:
 		return nil, met.err
+	case met.code != 0:
+		response := answer(met.code, []byte(met.body))
+		if met.body == "" && met.code != 200 {
+			response = refusal(met.code, "so the test wants it")
+		}
+		response.Header.Set("Retry-After", met.retryAfter)
+		return response, nil
 	case !isKnown || verb == "":
 		return refusal(401, "Unauthorized"), nil
 	case verb == "watch":
 		return f.watch(r), nil
 	}
-	return f.create(r, namespace), nil
+	return f.create(r), nil
 }
 
 func answer(code int, body []byte) *http.Response {
@@ -654,124 +621,98 @@ func answer(code int, body []byte) *http.Response {
 
 func refusal(code int, why string) *http.Response { return answer(code, toJSON(status(code, why))) }
 
-func (met fault) answer() *http.Response {
-	response := answer(met.code, []byte(met.body))
-	if met.body == "" && met.code != 200 {
-		response = refusal(met.code, "so the test wants it")
-	}
-	response.Header.Set("Retry-After", met.retryAfter)
-	return response
-}
-
 // watch begins with what has changed since a version, or from 0 with all pods as ADDED: by their names, so
-// that their versions come in no order.
+// that their versions come in no order. If the store is behind the version, nothing comes at all.
 func (f *fakeAPI) watch(r *http.Request) *http.Response {
 	defer lock(&f.mu)()
-	version := r.URL.Query().Get("resourceVersion")
-	from := versionNumber(version)
-	begin := slices.DeleteFunc(slices.Clone(f.history), func(e frame) bool { return e.version <= from })
+	query := r.URL.Query()
+	version, from := query.Get("resourceVersion"), 0
+	fmt.Sscanf(version, "v%d", &from)
+	limit, _ := time.ParseDuration(query.Get("timeoutSeconds") + "s")
+	s := &stream{fakeAPI: f, ctx: r.Context(), tick: time.Tick(f.bookmarkEvery), limit: time.After(limit)}
 	switch {
 	case version == anyVersion:
-		begin = nil
 		for _, key := range slices.Sorted(maps.Keys(f.pods)) {
-			begin = append(begin, frame{data: watchFrame("ADDED", f.pods[key].object())})
+			s.data = append(s.data, watchFrame("ADDED", f.pods[key].object())...)
 		}
 	case from < f.compacted && f.goneIs200:
 		return answer(200, errorFrame(410, "too old resource version"))
 	case from < f.compacted:
 		return refusal(410, "too old resource version")
+	default:
+		for _, c := range f.history {
+			if c.version > from {
+				s.data = append(s.data, c.data...)
+			}
+		}
 	}
-	reader, writer := io.Pipe()
-	f.open++
-	go func(opened int, isBehind bool) {
-		writer.CloseWithError(f.stream(r, writer, begin, opened, isBehind))
-		defer lock(&f.mu)()
-		f.open--
-	}(len(f.history), from > f.version)
-	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: reader}
+	if from <= f.version {
+		f.open = append(f.open, s)
+	}
+	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(s)}
 }
 
-// stream writes some frames, and those from number next of the history on as they come; or nothing at all if
-// the store is behind the watch. It returns how the stream ends.
-func (f *fakeAPI) stream(r *http.Request, w io.Writer, frames []frame, next int, isBehind bool) error {
-	seconds, _ := time.ParseDuration(r.URL.Query().Get("timeoutSeconds") + "s")
-	limit, tick := time.After(seconds), (<-chan time.Time)(nil)
-	if f.bookmarkEvery > 0 && !isBehind {
-		tick = time.Tick(f.bookmarkEvery)
-	}
+// stream is the body of an open watch: what is still to be read, and how it ends then.
+type stream struct {
+	*fakeAPI
+	ctx         context.Context
+	limit, tick <-chan time.Time
+	data        []byte
+	end         error
+}
+
+func (s *stream) Read(data []byte) (n int, err error) {
 	for {
-		if err := f.untilThawed(r.Context()); err != nil {
-			return err
+		if err := s.untilThawed(s.ctx); err != nil {
+			return 0, err
 		}
-		f.mu.Lock()
-		frames = append(frames, f.history[next:]...)
-		next = len(f.history)
-		changed := f.changed
-		f.mu.Unlock()
-		for _, e := range frames {
-			if isBehind {
-				e.data = nil
-			}
-			if _, err := w.Write(e.data); err != nil || e.end == ends {
-				return err
-			}
-			if e.end == breaks {
-				return io.ErrUnexpectedEOF
-			}
+		s.mu.Lock()
+		changed := s.changed
+		if n = copy(data, s.data); n == 0 {
+			err = s.end
 		}
-		frames = nil
+		s.data = s.data[n:]
+		s.mu.Unlock()
+		if n > 0 || err != nil {
+			return n, err
+		}
 		select {
 		case <-changed:
-		case <-tick:
-			f.bookmark()
-		case <-limit:
-			return f.untilThawed(r.Context())
-		case <-r.Context().Done():
+		case <-s.tick:
+			s.bookmark()
+		case <-s.limit:
+			return 0, cmp.Or(s.untilThawed(s.ctx), io.EOF)
+		case <-s.ctx.Done():
 		}
 	}
 }
 
-// create takes an Event. One whose name is taken is answered 409. But the clock, by which they are named, stands
-// still in a bubble: Events of the same moment are different ones, and another try comes later.
-func (f *fakeAPI) create(r *http.Request, namespace string) *http.Response {
-	var body map[string]any
-	if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
-		f.t.Errorf("%s is no JSON: %v", r.URL, err)
-	}
-	metadata, _ := body["metadata"].(map[string]any)
-	if metadata["namespace"] != namespace || cmp.Or(metadata["name"], any("")) == "" {
-		f.t.Errorf("an Event in %s has the metadata %v", namespace, metadata)
-	}
+// create takes an Event. Another try with it comes later, and is answered 409. The clock, by which Events are
+// named, stands still in a bubble, so those of the same moment are different ones.
+func (f *fakeAPI) create(r *http.Request) *http.Response {
 	defer lock(&f.mu)()
-	name := fmt.Sprint(metadata)
-	if taken, isTaken := f.names[name]; isTaken && !taken.Equal(time.Now()) {
+	var event map[string]any
+	body, _ := io.ReadAll(r.Body)
+	json.Unmarshal(body, &event)
+	if at, isTaken := f.taken[string(body)]; isTaken && !at.Equal(time.Now()) {
 		return refusal(409, "there is an Event of this name")
 	}
-	f.names[name] = time.Now()
-	f.events = append(f.events, body)
-	return answer(201, toJSON(body))
+	f.taken[string(body)] = time.Now()
+	f.events = append(f.events, event)
+	return answer(201, body)
 }
+
+type fields = map[string]any
 
 // object is a pod, or with nothing but a version what a BOOKMARK has.
-func (p fakePod) object() map[string]any {
-	return map[string]any{"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": map[string]any{
-		"namespace": p.namespace, "name": p.name, "uid": p.uid, "resourceVersion": versionName(p.version),
-		"annotations": p.annotations,
-	}}
+func (p fakePod) object() fields {
+	return fields{"metadata": fields{"namespace": p.namespace, "name": p.name, "uid": p.uid,
+		"resourceVersion": versionName(p.version), "annotations": p.annotations}}
 }
-
-func watchFrame(kind string, object any) []byte {
-	return toJSON(map[string]any{"type": kind, "object": object})
-}
-func bookmarkFrame(version int) []byte {
-	return watchFrame("BOOKMARK", fakePod{version: version}.object())
-}
-func errorFrame(code int, why string) []byte { return watchFrame("ERROR", status(code, why)) }
 
 // status has a resourceVersion that nobody must take for one.
-func status(code int, message string) map[string]any {
-	return map[string]any{"kind": "Status", "apiVersion": "v1", "metadata": map[string]any{"resourceVersion": "none"},
-		"status": "Failure", "message": message, "code": code}
+func status(code int, message string) fields {
+	return fields{"metadata": fields{"resourceVersion": "none"}, "message": message, "code": code}
 }
 
 func toJSON(body any) []byte {
@@ -779,9 +720,12 @@ func toJSON(body any) []byte {
 	return append(data, '\n')
 }
 
+func watchFrame(kind string, of fields) []byte { return toJSON(fields{"type": kind, "object": of}) }
+func bookmarkFrame(v int) []byte               { return watchFrame("BOOKMARK", fakePod{version: v}.object()) }
+func errorFrame(code int, why string) []byte   { return watchFrame("ERROR", status(code, why)) }
+
 // versionName makes a resourceVersion that is no number: it is opaque.
-func versionName(version int) string          { return fmt.Sprintf("v%d", version) }
-func versionNumber(name string) (version int) { fmt.Sscanf(name, "v%d", &version); return version }
+func versionName(version int) string { return fmt.Sprintf("v%d", version) }
 
 // someCA is any certificate. It is made here because a bubble of time must have no server.
 var someCA = func() []byte {
@@ -792,8 +736,8 @@ var someCA = func() []byte {
 
 // ---- The whole ----
 
-// world is a node in a bubble of time. Either the program runs and watches (follows), or the test stands where
-// the watch is, and applies pods as that would (see and lose).
+// world is a node in a bubble of time. Either the program runs and watches (follows), or the test stands
+// where the watch is, and applies pods as that would (see and lose).
 type world struct {
 	*testing.T
 	*agent
@@ -815,8 +759,23 @@ type world struct {
 func simulate(t *testing.T, limit int64, story func(w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, limit)
+		w := &world{T: t, api: newFakeAPI(t), proc: newProc(t), root: t.TempDir(), log: &bytes.Buffer{}}
+		defer slog.SetDefault(slog.Default())
+		slog.SetDefault(slog.New(slog.NewTextHandler(w.log, nil)))
+		cfg := testConfig(t, w.proc.dir, w.root)
+		cfg.account = w.api.account
+		if limit > 0 {
+			cfg.diskLimit = limit * fileBytes
+		}
+		var err error
+		w.agent, err = newAgent(cfg)
+		must(t, err)
+		w.kids = &children{TB: t, proc: w.proc}
+		w.agent.start, w.agent.ready = w.kids.start, func() { w.delivered.Add(1) }
+		w.agent.api.http.Transport, w.podWatch = w.api, newPodWatch(w.agent)
+		w.ctx, w.end = context.WithCancel(t.Context())
 		story(w)
+
 		began := time.Now()
 		w.end()
 		w.program.Wait()
@@ -831,30 +790,8 @@ func simulate(t *testing.T, limit int64, story func(w *world)) {
 	})
 }
 
-func newWorld(t *testing.T, limit int64) *world {
-	t.Helper()
-	w := &world{T: t, api: newFakeAPI(t), proc: newProc(t), root: t.TempDir(), log: &bytes.Buffer{}}
-	w.kids = &children{TB: t, proc: w.proc}
-	cfg := testConfig(t, w.proc.dir, w.root)
-	cfg.account = w.api.account
-	if limit > 0 {
-		cfg.diskLimit = limit * fileBytes
-	}
-	var err error
-	w.agent, err = newAgent(cfg)
-	must(t, err)
-	w.agent.start, w.agent.ready, w.agent.api.http.Transport = w.kids.start, func() { w.delivered.Add(1) }, w.api
-	w.podWatch = newPodWatch(w.agent)
-	w.ctx, w.end = context.WithCancel(t.Context())
-	before := slog.Default()
-	slog.SetDefault(slog.New(slog.NewTextHandler(w.log, nil)))
-	t.Cleanup(func() { slog.SetDefault(before) })
-	return w
-}
-
 // testConfig is a node with a service account that can be read.
 func testConfig(t testing.TB, proc, root string) config {
-	t.Helper()
 	cfg := config{nodeName: "node-1", podName: "packetcapture-x", podNamespace: "kube-system",
 		url: "https://kubernetes.test", account: t.TempDir(), proc: proc, root: root, diskLimit: 1 << 62}
 	must(t, os.WriteFile(cfg.account+"/token", []byte("token"), 0o600))
@@ -864,7 +801,8 @@ func testConfig(t testing.TB, proc, root string) config {
 // podNamed is a pod of the namespace default whose annotation is value.
 func podNamed(name, uid, value string) pod {
 	files, _ := strconv.Atoi(value)
-	return pod{namespace: "default", name: name, uid: uid, kubeletUID: uid, annotated: true, value: value, files: files}
+	return pod{namespace: "default", name: name, uid: uid, kubeletUID: uid,
+		annotated: true, value: value, files: files}
 }
 
 // follows starts the program, which has begun to watch when this returns, if it can.
@@ -873,8 +811,8 @@ func (w *world) follows() {
 	synctest.Wait()
 }
 
-// see has the watch say that a pod is there or has changed, and lose that it is deleted. pass lets time pass. All
-// wait until that has had its effect.
+// see has the watch say that a pod is there or has changed, and lose that it is deleted. pass lets time
+// pass. All wait until that has had its effect.
 func (w *world) see(p pod)            { w.apply(w.ctx, p); synctest.Wait() }
 func (w *world) lose(p pod)           { w.forget(p.uid); synctest.Wait() }
 func (w *world) pass(d time.Duration) { time.Sleep(d); synctest.Wait() }
@@ -890,43 +828,35 @@ func (w *world) news() (events []event) {
 	return events
 }
 
+func (e event) String() string { return e.kind + " " + e.reason + ": " + e.message + "\n" }
+
 // told checks the Events since the last call, each by "<kind> <reason>: <words in its message>".
 func (w *world) told(want ...string) {
 	w.Helper()
-	var got []string
-	for _, e := range w.news() {
-		got = append(got, e.kind+" "+e.reason+": "+e.message)
-	}
-	isIt := func(got, want string) bool {
+	isIt := func(got event, want string) bool {
 		what, words, _ := strings.Cut(want, ": ")
-		return strings.HasPrefix(got, what+": ") && strings.Contains(got, words)
+		return got.kind+" "+got.reason == what && strings.Contains(got.message, words)
 	}
-	if !slices.EqualFunc(got, want, isIt) {
-		w.Errorf("Events:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	if got := w.news(); !slices.EqualFunc(got, want, isIt) {
+		w.Errorf("Events:\n%v\nwant:\n%s", got, strings.Join(want, "\n"))
 	}
 }
 
 // files are how many a tcpdump writes, by the Pod name in their path.
 type files map[string]int
 
-// runs checks which tcpdumps run, that there are no files but theirs, and that /captures has a link to each.
+// runs checks which tcpdumps run, and that there are no files but theirs.
 func (w *world) runs(want files) {
 	w.Helper()
 	synctest.Wait()
-	var links, names []string
-	for _, name := range namesIn(w, w.root+"/captures") {
-		links = append(links, readLink(w.root+"/captures/"+name))
-	}
-	running := files{}
-	w.kids.mu.Lock()
+	defer lock(&w.kids.mu)()
+	running, names := files{}, []string(nil)
 	for _, c := range w.kids.all {
-		if name, _ := strings.CutPrefix(filepath.Base(c.stem), "capture-"); c.lives() {
+		if name := strings.TrimPrefix(filepath.Base(c.stem), "capture-"); c.lives() {
 			running[strings.TrimSuffix(name, ".pcap")] = c.n
 			names = append(names, c.files...)
-			is(w, "there is a link to "+c.stem, slices.Contains(links, c.stem), true)
 		}
 	}
-	w.kids.mu.Unlock()
 	slices.Sort(names)
 	if !maps.Equal(running, want) {
 		w.Errorf("tcpdumps %v, want %v", running, want)
@@ -940,8 +870,6 @@ func (w *world) expect(running files, events ...string) {
 	w.runs(running)
 	w.told(events...)
 }
-
-func readLink(path string) string { target, _ := os.Readlink(path); return target }
 
 // logged checks how often a text is in the log.
 func (w *world) logged(text string, want int) {
