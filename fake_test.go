@@ -224,7 +224,7 @@ type fakeChild struct {
 	pid, n    int
 	process   int      // by which its network was found
 	stem      string   // its -w
-	arguments []string // nsenter's
+	arguments []string // tcpdump's
 	network   string   // the folder of the network that it found at descriptor 3
 	files     []string // their names
 	signals   []string
@@ -249,7 +249,7 @@ func (k *children) start(ctx context.Context, network *os.File, arguments ...str
 	if k.next.refusal != nil {
 		return nil, k.next.refusal
 	}
-	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments[1:],
+	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments,
 		network: filepath.Dir(readLink(network.Name())), quit: make(chan func() (string, error), 10)}
 	c.process, _ = strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(network.Name()))))
 	c.stem = c.option("-w")
@@ -274,7 +274,7 @@ func (k *children) compiler(ctx context.Context, arguments []string) (*process, 
 	if filter == "refused" {
 		b.syntax = "tcpdump: can't parse filter expression: syntax error\n"
 	}
-	k.compiled, k.links = append(k.compiled, filter), append(k.links, arguments[2])
+	k.compiled, k.links = append(k.compiled, filter), append(k.links, arguments[1])
 	return begin(1, func(stderr io.Writer) error {
 		sleep(ctx, b.compile)
 		io.WriteString(stderr, b.syntax)
@@ -756,7 +756,7 @@ type world struct {
 
 // simulate tells a story in a world whose captures may take the given number of files, 0 for no bound. Then
 // the program is told to end: that takes less than 5 s, and nothing is left.
-func simulate(t *testing.T, limit int64, story func(w *world)) {
+func simulate(t *testing.T, limit int, story func(w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{T: t, api: newFakeAPI(t), proc: newProc(t), root: t.TempDir(), log: &bytes.Buffer{}}
@@ -765,7 +765,7 @@ func simulate(t *testing.T, limit int64, story func(w *world)) {
 		cfg := testConfig(t, w.proc.dir, w.root)
 		cfg.account = w.api.account
 		if limit > 0 {
-			cfg.diskLimit = limit * fileBytes
+			cfg.limit = limit
 		}
 		var err error
 		w.agent, err = newAgent(cfg)
@@ -778,31 +778,39 @@ func simulate(t *testing.T, limit int64, story func(w *world)) {
 
 		began := time.Now()
 		w.end()
+		time.AfterFunc(exitGrace, w.endPosts)
 		w.program.Wait()
 		w.alive.Wait()
 		is(t, "the program ends within 5 s", time.Since(began) < 5*time.Second, true)
 		synctest.Wait()
-		w.events.stop()
-		w.events.posting.Wait()
 		w.runs(nil)
 		is(t, "links in /captures", namesIn(t, w.root+"/captures"), nil)
 		w.logged("level=ERROR", 0)
 	})
 }
 
+func newPodWatch(a *agent) *podWatch {
+	return &podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
+}
+
 // testConfig is a node with a service account that can be read.
 func testConfig(t testing.TB, proc, root string) config {
 	cfg := config{nodeName: "node-1", podName: "packetcapture-x", podNamespace: "kube-system",
-		url: "https://kubernetes.test", account: t.TempDir(), proc: proc, root: root, diskLimit: 1 << 62}
+		url: "https://kubernetes.test", account: t.TempDir(), proc: proc, root: root, limit: 1 << 30}
 	must(t, os.WriteFile(cfg.account+"/token", []byte("token"), 0o600))
 	return cfg
 }
 
+// annotated is a pod with its annotations.
+type annotated struct {
+	pod
+	spec
+}
+
 // podNamed is a pod of the namespace default whose annotation is value.
-func podNamed(name, uid, value string) pod {
+func podNamed(name, uid, value string) annotated {
 	files, _ := strconv.Atoi(value)
-	return pod{namespace: "default", name: name, uid: uid, kubeletUID: uid,
-		annotated: true, value: value, files: files}
+	return annotated{pod{"default", name, uid, uid}, spec{annotated: true, value: value, files: files}}
 }
 
 // follows starts the program, which has begun to watch when this returns, if it can.
@@ -813,22 +821,24 @@ func (w *world) follows() {
 
 // see has the watch say that a pod is there or has changed, and lose that it is deleted. pass lets time
 // pass. All wait until that has had its effect.
-func (w *world) see(p pod)            { w.apply(w.ctx, p); synctest.Wait() }
-func (w *world) lose(p pod)           { w.forget(p.uid); synctest.Wait() }
+func (w *world) see(p annotated)      { w.apply(w.ctx, p.pod, p.spec); synctest.Wait() }
+func (w *world) lose(p annotated)     { w.forget(p.uid); synctest.Wait() }
 func (w *world) pass(d time.Duration) { time.Sleep(d); synctest.Wait() }
+
+type event struct{ kind, reason, message string }
+
+func (e event) String() string { return e.kind + " " + e.reason + ": " + e.message + "\n" }
 
 // news are the Events that were posted since the last call.
 func (w *world) news() (events []event) {
 	synctest.Wait()
 	for _, body := range w.api.posted()[w.looked:] {
 		text := func(name string) string { return body[name].(string) }
-		events = append(events, event{kind: text("type"), reason: text("reason"), message: text("message")})
+		events = append(events, event{text("type"), text("reason"), text("message")})
 	}
 	w.looked += len(events)
 	return events
 }
-
-func (e event) String() string { return e.kind + " " + e.reason + ": " + e.message + "\n" }
 
 // told checks the Events since the last call, each by "<kind> <reason>: <words in its message>".
 func (w *world) told(want ...string) {

@@ -45,6 +45,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"math"
 	"math/rand/v2"
@@ -69,10 +70,6 @@ const (
 	annotation          = "tcpdump.antrea.io"
 	filterAnnotation    = annotation + "/filter"
 	interfaceAnnotation = annotation + "/interface"
-	// A static pod's cgroup is named after its config.hash. A user can add that to a pod, with another
-	// pod's UID, but not config.mirror. So the hash counts if both are equal.
-	hashAnnotation   = "kubernetes.io/config.hash"
-	mirrorAnnotation = "kubernetes.io/config.mirror"
 	// anyVersion begins a watch with all pods, from the API server's cache.
 	anyVersion = "0"
 
@@ -108,8 +105,8 @@ const (
 )
 
 var (
-	requestBackoff = backoff{least: 800 * time.Millisecond, most: 30 * time.Second} // client-go's
-	tcpdumpBackoff = backoff{least: 200 * time.Millisecond, most: 5 * time.Minute}  // the kubelet's
+	requestBackoff = backoff{800 * time.Millisecond, 15 * time.Second}  // client-go's, up to 30 s
+	tcpdumpBackoff = backoff{200 * time.Millisecond, 150 * time.Second} // the kubelet's, up to 5 minutes
 
 	errFull     = errors.New("the disk is full: the last packets of the files may be cut")
 	errReplaced = errors.New("its annotations have changed")
@@ -130,7 +127,7 @@ func run(ctx context.Context, arguments []string) error {
 	case len(arguments) == 2 && arguments[0] == "cat":
 		return cat("/", arguments[1], os.Stdout, os.Stderr)
 	case len(arguments) == 2 && arguments[0] == "live":
-		return live(ctx, "/", arguments[1])
+		return liveView(ctx, "/", arguments[1])
 	case len(arguments) > 0:
 		return fmt.Errorf("%q is no command: accepted are cat and live with <namespace>/<pod>",
 			cut(strings.Join(arguments, " ")))
@@ -142,7 +139,7 @@ func run(ctx context.Context, arguments []string) error {
 	}
 	a, err := newAgent(cfg)
 	if err == nil {
-		slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.disk.limit)
+		slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.limit)
 		a.run(ctx)
 	}
 	return err
@@ -152,16 +149,16 @@ type config struct {
 	nodeName, podName, podNamespace string // of the program's own pod
 	url, account                    string // of the API server; the folder of the service account
 	proc, root                      string // where the host's processes are, and where the files go
-	diskLimit, diskFree             int64  // bytes for all files together; percent to leave free
+	limit                           int    // files that all captures together may have
+	diskFree                        int64  // percent to leave free
 }
 
 // readConfig returns an error that names all that is missing or wrong.
 func readConfig(getenv func(string) string) (cfg config, err error) {
-	required := func(name string) string {
+	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
 		if getenv(name) == "" {
 			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes sets it", name))
 		}
-		return getenv(name)
 	}
 	number := func(name string, standard, least, most int64) int64 {
 		value := cmp.Or(getenv(name), fmt.Sprint(standard))
@@ -173,13 +170,13 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 		return n
 	}
 
-	cfg = config{nodeName: required("NODE_NAME"), proc: "/proc", root: "/",
+	address := net.JoinHostPort(getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT"))
+	cfg = config{nodeName: getenv("NODE_NAME"), url: "https://" + address, proc: "/proc", root: "/",
 		account: "/var/run/secrets/kubernetes.io/serviceaccount"}
-	host, port := required("KUBERNETES_SERVICE_HOST"), required("KUBERNETES_SERVICE_PORT")
-	cfg.url = "https://" + net.JoinHostPort(host, port)
 	cfg.podName, _ = os.Hostname()
 	cfg.podNamespace = readFile(cfg.account + "/namespace")
-	cfg.diskLimit = number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64) - logBytes
+	disk := number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64)
+	cfg.limit = int(min((disk-logBytes)/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
 	cfg.diskFree = number("DISK_FREE", 15, 0, 99)
 	return cfg, err
 }
@@ -189,11 +186,18 @@ type agent struct {
 	config
 	api     *client
 	cgroups *cgroups
-	disk    *disk
-	events  *events
-	alive   sync.WaitGroup // captures
+	alive   sync.WaitGroup // of captures and of the posting of Events
 	ready   func()         // called when the watch delivers
 	start   func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
+
+	room  sync.Mutex      // guards what each capture has of the disk, and these
+	taken int             // files that captures have room for
+	stems map[string]bool // the paths of their files
+
+	posts    context.Context // of all requests that post Events; endPosts ends it
+	endPosts context.CancelFunc
+	queued   sync.Mutex          // guards what each capture has told, and
+	queues   map[string][]func() // what posts its Events, by namespace
 }
 
 func newAgent(cfg config) (*agent, error) {
@@ -206,11 +210,9 @@ func newAgent(cfg config) (*agent, error) {
 	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
 		return nil, fmt.Errorf("another packetcapture runs in this container: %w", err)
 	}
-	a := &agent{config: cfg, api: newClient(cfg.url, cfg.account), cgroups: groups, start: start}
-	limit := int(min(cfg.diskLimit/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
-	a.disk = &disk{config: cfg, limit: limit, owners: map[string]*capture{}}
-	a.events = &events{api: a.api, nodeName: cfg.nodeName, queues: map[string][]event{}}
-	a.events.ctx, a.events.stop = context.WithCancel(context.Background())
+	a := &agent{config: cfg, api: newClient(cfg.url, cfg.account), cgroups: groups, start: start,
+		stems: map[string]bool{}, queues: map[string][]func(){}}
+	a.posts, a.endPosts = context.WithCancel(context.Background())
 	// The readiness probe only connects. Without the timeout idle connections would pile up.
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
 	a.ready = sync.OnceFunc(func() {
@@ -222,47 +224,39 @@ func newAgent(cfg config) (*agent, error) {
 // run captures until ctx ends. Then all captures end side by side and the last Events are posted, and
 // exitGrace later it returns in any case, whatever a tcpdump or the API server does.
 func (a *agent) run(ctx context.Context) {
-	defer a.events.stop()
+	defer a.endPosts()
+	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
 	go func() {
-		newPodWatch(a).follow(ctx)
+		w.follow(ctx)
 		a.alive.Wait()
-		a.events.posting.Wait()
-		a.events.stop()
+		a.endPosts()
 	}()
 	<-ctx.Done()
-	sleep(a.events.ctx, exitGrace)
+	sleep(a.posts, exitGrace)
 }
 
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
-// pod is who a pod is, and what its annotations ask for.
+// pod is who a pod is.
 type pod struct {
 	namespace, name, uid string
 	kubeletUID           string // in the name of its cgroup: a static pod's is not the API's
-	annotated            bool
-	value, filter, iface string // its annotations
-	files                int    // to rotate through; 0 if value is no number
 }
 
-type followed struct {
-	pod     pod      // as it was seen last
-	refusal string   // why its annotations are invalid; "" if they are not
-	capture *capture // for its last valid annotations; nil if there were none
-	stop    context.CancelCauseFunc
+// spec is what a pod's annotations ask for.
+type spec struct {
+	annotated            bool
+	value, filter, iface string // the annotations
+	files                int    // to rotate through; 0 if value is no number
 }
 
 type podWatch struct {
 	agent     *agent
-	captures  map[string]*followed // by UID: a pod that is recreated under its name is another pod
-	version   string               // the last resourceVersion
-	seen      map[string]bool      // UIDs that the watch has delivered
+	captures  map[string]*capture // by UID: a pod that is recreated under its name is another pod
+	version   string              // the last resourceVersion
+	delivered map[string]bool     // UIDs, by this watch
 	retry     backoff
 	complaint string // the last error, without digits; "" when all is well
-}
-
-func newPodWatch(a *agent) *podWatch {
-	captures := map[string]*followed{}
-	return &podWatch{agent: a, captures: captures, version: anyVersion, retry: requestBackoff}
 }
 
 // follow keeps a watch open until ctx ends. A broken watch never stops a capture.
@@ -270,24 +264,21 @@ func (w *podWatch) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		version := w.version
 		err := w.watch(ctx)
-		isGone := statusOf(err) == http.StatusGone
-
-		// Begin anew if the server has no history since our version. Do the same if a whole watch has not
-		// moved our version, not even by a bookmark: the server may be behind it, after a restore of etcd.
-		if isGone || err == nil && w.version == version {
+		switch isGone := asStatus(err).Code == http.StatusGone; {
+		case isGone && version != anyVersion, err == nil && w.version == version:
+			// Begin anew: the server has no history since our version. Or a whole watch has not moved it, not
+			// even by a bookmark: the server may be behind it, after a restore of etcd.
 			w.version = anyVersion
+		case err == nil, ctx.Err() != nil: // after the time limit watch again at once
+		default:
+			// Digits do not count: the text may contain a port, which differs each time.
+			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
+			if complaint != w.complaint {
+				w.complaint = complaint
+				slog.Warn("the pods can't be watched, captures go on", "error", err)
+			}
+			sleep(ctx, w.retry.next(err))
 		}
-		// After the time limit, and when a version is gone for the first time, watch again at once.
-		if err == nil || isGone && version != anyVersion || ctx.Err() != nil {
-			continue
-		}
-		// Digits do not count: the text may contain a port, which differs each time.
-		complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
-		if complaint != w.complaint {
-			w.complaint = complaint
-			slog.Warn("the pods can't be watched, captures go on", "error", err)
-		}
-		sleep(ctx, w.retry.next(err))
 	}
 }
 
@@ -306,23 +297,17 @@ func (w *podWatch) watch(ctx context.Context) error {
 	}
 	defer body.Close()
 
-	// A server that accepts watches and closes them must not be asked without end: a watch works if it
-	// brings us to another version, or lasts a second.
-	w.seen = map[string]bool{}
-	version, began, works := w.version, time.Now(), false
+	began, version := time.Now(), w.version
+	w.delivered = map[string]bool{}
 	for decoder := json.NewDecoder(body); err == nil; {
 		err = w.next(ctx, decoder)
-		works = w.version != version || time.Since(began) >= time.Second
-		if works {
-			w.retry = requestBackoff
-		}
-		if works && w.complaint != "" {
-			w.complaint = ""
-			slog.Info("the pods are watched again")
-		}
 	}
-	if works && err == io.EOF {
-		return nil
+	// A server that accepts watches and closes them at once must not be asked without end.
+	if w.version != version || time.Since(began) >= time.Second {
+		w.retry = requestBackoff
+		if err == io.EOF {
+			return nil
+		}
 	}
 	return err
 }
@@ -340,25 +325,30 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	}
 	uid, version := e.Object.Metadata.UID, e.Object.Metadata.ResourceVersion
 	switch {
-	case e.Type == "ERROR" || version == "":
-		return &statusError{e.Object.Code, cmp.Or(e.Object.Message, "an event has no resourceVersion"), 0}
+	case e.Type == "ERROR":
+		return &e.Object.statusError
+	case version == "":
+		return errors.New("an event has no resourceVersion")
 	case e.Type == "ADDED" || e.Type == "MODIFIED":
-		w.apply(ctx, e.Object.pod())
+		p, asked := e.Object.pod()
+		w.apply(ctx, p, asked)
 	case e.Type == "DELETED":
 		w.forget(uid)
 	}
 	w.agent.ready()
 
-	w.seen[uid] = true
-	if w.version == anyVersion {
-		if e.Type == "ADDED" {
-			return nil
+	w.delivered[uid] = true
+	if w.version == anyVersion && e.Type == "ADDED" {
+		return nil
+	}
+	for uid := range w.captures {
+		if w.version == anyVersion && !w.delivered[uid] {
+			w.forget(uid)
 		}
-		for uid := range w.captures {
-			if !w.seen[uid] {
-				w.forget(uid)
-			}
-		}
+	}
+	if w.version != version && w.complaint != "" {
+		w.complaint = ""
+		slog.Info("the pods are watched again")
 	}
 	w.version = version
 	return nil
@@ -366,76 +356,73 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 
 // apply starts, changes or stops a pod's capture as its annotations ask. An invalid annotation
 // produces an Event and does not affect the running capture.
-func (w *podWatch) apply(ctx context.Context, p pod) {
-	f := cmp.Or(w.captures[p.uid], &followed{stop: func(error) {}})
+func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
+	c := w.captures[p.uid]
 	switch {
-	case !p.annotated:
+	case !asked.annotated:
 		w.forget(p.uid)
 		return
-	case f.pod == p:
+	case c == nil:
+		c = &capture{agent: w.agent, pod: p, stop: func(error) {}, turn: make(chan struct{}, 1)}
+		w.captures[p.uid] = c
+	case c.last == asked:
 		return
 	}
-	// The new capture exists before the annotations are checked, because it may take over the old one's
-	// room. It goes on if the annotations are those of the running capture again, after invalid ones.
-	c := &capture{agent: w.agent, pod: p, replaces: f.capture, ended: make(chan struct{})}
-	last, goesOn := f.refusal, f.capture != nil && f.capture.pod == p
-	w.captures[p.uid], f.pod, f.refusal = f, p, ""
-	if !goesOn {
-		f.refusal = w.refusal(ctx, c)
-	}
 
-	tell := w.agent.events.tell
-	switch {
-	case f.refusal != "" && (f.refusal == last || ctx.Err() != nil):
-	case f.refusal != "" && f.capture == nil:
-		tell(p, "Warning", "CaptureInvalid", f.refusal+"; nothing is captured")
-	case f.refusal != "":
-		tell(p, "Warning", "CaptureInvalid", f.refusal+"; what was asked for before goes on as it was")
-	case goesOn:
-		tell(p, "Normal", "CaptureContinued",
+	c.last = asked
+	if c.valid == asked {
+		c.tell("Normal", "CaptureContinued",
 			"The annotations are valid again, and the capture went on as it was")
+		return
+	}
+	refusal := w.refusal(ctx, c, asked)
+	switch {
+	case ctx.Err() != nil: // it may have ended the check of a filter
+	case refusal != "" && c.valid.annotated:
+		c.tell("Warning", "CaptureInvalid", "%s; what was asked for before goes on as it was", refusal)
+	case refusal != "":
+		c.tell("Warning", "CaptureInvalid", "%s; nothing is captured", refusal)
 	default:
-		f.stop(errReplaced)
-		ctx, f.stop = context.WithCancelCause(ctx)
-		f.capture = c
-		w.agent.alive.Go(func() { c.live(ctx) })
+		c.stop(errReplaced)
+		ctx, c.stop = context.WithCancelCause(ctx)
+		c.valid = asked
+		w.agent.alive.Go(func() { c.live(ctx, asked) })
 	}
 }
 
 func (w *podWatch) forget(uid string) {
-	if f := w.captures[uid]; f != nil {
-		f.stop(nil)
+	if c := w.captures[uid]; c != nil {
+		c.stop(nil)
 	}
 	delete(w.captures, uid)
 }
 
 // refusal says why annotations are invalid, and what is accepted. It is "" if they are valid: then the
-// capture has the room of the one that it replaces.
-func (w *podWatch) refusal(ctx context.Context, c *capture) string {
-	p, limit := c.pod, w.agent.disk.limit
+// capture's room, if it has any, is enough for them.
+func (w *podWatch) refusal(ctx context.Context, c *capture, asked spec) string {
 	refuse := func(annotation, value, accepted string, a ...any) string {
-		said := fmt.Sprintf("the annotation %s is %q: accepted is ", annotation, cut(value))
-		return said + fmt.Sprintf(accepted, a...)
+		accepted = fmt.Sprintf(accepted, a...)
+		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
 	}
+	n, iface, filter, limit := asked.files, asked.iface, asked.filter, w.agent.limit
 	isUnprintable := func(r rune) bool { return !unicode.IsPrint(r) }
-	isName := !strings.HasPrefix(p.iface, "-") && strings.Trim(p.iface, interfaceChars) == ""
 	switch {
-	case p.files < 1 || p.files > limit || p.value != strconv.Itoa(p.files): // tcpdump takes "5abc" for 5
-		return refuse(annotation, p.value,
+	case n < 1 || n > limit || asked.value != strconv.Itoa(n): // tcpdump takes "5abc" for 5
+		return refuse(annotation, asked.value,
 			"the number of files to rotate through, a plain decimal number from 1 to %d", limit)
-	case len(p.iface) > 15 || !isName:
-		return refuse(interfaceAnnotation, p.iface, "the name of a network interface, or any, "+
+	case len(iface) > 15 || strings.HasPrefix(iface, "-") || strings.Trim(iface, interfaceChars) != "":
+		return refuse(interfaceAnnotation, iface, "the name of a network interface, or any, "+
 			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
-	case len(p.filter) > maxFilter || strings.ContainsFunc(p.filter, isUnprintable):
-		return refuse(filterAnnotation, p.filter,
+	case len(filter) > maxFilter || strings.ContainsFunc(filter, isUnprintable):
+		return refuse(filterAnnotation, filter,
 			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter)
 	}
-	if complaint := w.compile(ctx, p); complaint != "" {
-		return refuse(filterAnnotation, p.filter,
-			"a pcap filter expression, in which hosts and ports are numbers; %s", complaint)
+	if err := w.compile(ctx, c.pod, asked); err != nil {
+		return refuse(filterAnnotation, filter,
+			"a pcap filter expression, in which hosts and ports are numbers; %v", err)
 	}
-	if free := w.agent.disk.handOver(c); free < p.files {
-		return refuse(annotation, p.value,
+	if free := c.reserveRoom(n); free < n {
+		return refuse(annotation, asked.value,
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
 	}
 	return ""
@@ -443,65 +430,58 @@ func (w *podWatch) refusal(ctx context.Context, c *capture) string {
 
 // compile has tcpdump compile a filter, and returns its complaint. It runs in an empty network
 // namespace, where a name can't be looked up: no filter may make DNS queries leave the cluster.
-func (w *podWatch) compile(ctx context.Context, p pod) string {
-	if p.filter == "" {
-		return ""
+func (w *podWatch) compile(ctx context.Context, p pod, asked spec) error {
+	if asked.filter == "" {
+		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
 	link := "EN10MB"
-	if s, _ := w.agent.cgroups.find(p, sandbox{}); s.device(p) == "any" {
+	if s, _ := w.agent.cgroups.find(p, sandbox{}); s.device(asked) == "any" {
 		link = "LINUX_SLL2"
 	}
-	said := &report{}
-	tcpdump, err := w.agent.start(ctx, nil, "tcpdump", "-y", link, "-d", "--", p.filter)
+	tcpdump, err := w.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
 	if err == nil {
-		err = said.read(tcpdump, func() {})
+		_, err = tcpdump.read(func(string) {})
 	}
-	if err == nil {
-		return ""
-	}
-	return cmp.Or(said.complaint, err.Error())
+	return err
 }
 
 // ---- A capture, from its start to its last file ----
 
-// capture is one capture of one pod. Its own goroutine changes it, stem and room under the disk's lock.
+// capture is the capture of a pod. Each change of the annotations has a goroutine, one after the other.
 type capture struct {
-	agent    *agent
-	pod      pod
-	replaces *capture      // nil if there was none
-	ended    chan struct{} // closed when its files are deleted
-	captured bool          // into files that are there
-	counts   string        // what tcpdump counted last
-	told     string        // the last message
-	stem     string        // the path of its files without digits; "" without room
-	room     int           // in files
+	agent *agent
+	pod   pod
+	// The watch uses these.
+	last, valid spec // the last annotations, and the last valid ones
+	stop        context.CancelCauseFunc
+	// The goroutine that has the turn uses these.
+	turn     chan struct{}
+	spec     spec
+	captured bool   // into files that are there
+	counts   string // what tcpdump counted last
+	// The agent's room guards its room, and queued the last message.
+	stem  string // the path of its files without digits; "" while it has no room
+	files int    // that it has room for
+	told  string
 }
 
-// tell has an Event posted, unless that would say the same again.
-func (c *capture) tell(kind, reason, format string, a ...any) {
-	if message := fmt.Sprintf(format, a...); message != c.told {
-		c.told = message
-		c.agent.events.tell(c.pod, kind, reason, message)
+// live captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
+// again when it fails. When it returns, tcpdump has exited and the files are deleted.
+func (c *capture) live(ctx context.Context, asked spec) {
+	c.turn <- struct{}{}
+	defer func() { <-c.turn }()
+	c.spec = asked
+	if ctx.Err() == nil {
+		c.giveRoom(asked.files) // the files of before are deleted
 	}
-}
-
-// live is the life of a capture: it waits for the pod, runs tcpdump, and runs it again when it fails.
-// It returns when ctx has ended, tcpdump has exited and the files are deleted.
-func (c *capture) live(ctx context.Context) {
-	defer close(c.ended)
-	defer c.clear()
-	if c.replaces != nil {
-		<-c.replaces.ended
-		c.replaces = nil
-	}
+	defer func() {
+		if c.clear(); context.Cause(ctx) != errReplaced {
+			c.giveRoom(0)
+		}
+	}()
 
 	for retry := tcpdumpBackoff; ; {
 		s, ok := c.await(ctx)
-		if !ok && !c.captured && context.Cause(ctx) != errReplaced {
-			c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
-		}
 		if !ok {
 			return
 		}
@@ -509,16 +489,11 @@ func (c *capture) live(ctx context.Context) {
 		err := c.runTcpdump(ctx, s)
 		// A run of more than a minute was a success, so the pauses begin small again.
 		if time.Since(began) > time.Minute {
-			retry.failures = 0
+			retry = tcpdumpBackoff
 		}
-		// If the network is gone, await tells it, unless it comes back soon.
-		now, hasNetwork := c.agent.cgroups.find(c.pod, s)
-		switch {
-		case ctx.Err() != nil:
-		case c.captured && hasNetwork && now.network != s.network:
-			c.tell("Normal", "CaptureStopped",
-				"Stopped: %s; the pod's new network is captured from now on", c.counts)
-		case hasNetwork || err == errFull:
+		// If the network is gone, await tells it, and if there is a new one, it is captured at once.
+		now, _ := c.agent.cgroups.find(c.pod, s)
+		if ctx.Err() == nil && (now.network == s.network || err == errFull) {
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
 		}
@@ -528,8 +503,8 @@ func (c *capture) live(ctx context.Context) {
 // await returns the pod's network once nothing is missing for a capture, and false if ctx ends first.
 // What has been missing for a while, it tells once.
 func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
-	began, told := time.Now(), ""
-	for ctx.Err() == nil {
+	told := ""
+	for began := time.Now(); ctx.Err() == nil; {
 		var missing string
 		if s, missing = c.look(s); missing == "" {
 			return s, true
@@ -537,17 +512,23 @@ func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
 		waited := time.Since(began)
 		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
 			told = what
-			c.tellWaiting(what, missing)
+			if _, size := findFiles(c.stem); c.captured {
+				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
+					"the annotation or the pod goes", c.counts, what, size)
+			} else {
+				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
+			}
 		}
-		poll := 10 * birthPoll
-		if s.network == "" {
-			poll = birthPoll
-		}
-		// A pod that has ended does not come back. One with a cgroup may get a new network.
-		if waited >= birthTime || c.captured && c.agent.cgroups.of(c.pod) == "" {
+		poll := birthPoll
+		if waited >= birthTime {
 			poll = time.Second
+		} else if s.network != "" { // an interface, room or disk space is missing
+			poll = 10 * birthPoll
 		}
 		sleep(ctx, poll)
+	}
+	if !c.captured && context.Cause(ctx) != errReplaced {
+		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
 	return s, false
 }
@@ -556,30 +537,22 @@ func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
 // is. last is the network that it returned before.
 func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	s, ok := c.agent.cgroups.find(c.pod, last)
-	if !ok && !c.captured {
-		c.clear() // it may have room of the capture that it replaced
+	if !ok && !c.captured { // it may have room from before a change
+		c.clear()
+		c.giveRoom(0)
 	}
-	device := s.device(c.pod)
-	switch {
-	case !ok:
+	if !ok {
 		return s, "the pod's network: it does not run yet, or has ended"
+	}
 	// tcpdump takes "2" for the second interface, and has devices that are none, such as nflog.
-	case device != "any" && !slices.Contains(s.interfaces, device):
+	device := s.device(c.spec)
+	if device != "any" && !slices.Contains(s.interfaces, device) {
 		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
 	}
-	return s, c.agent.disk.take(c)
+	return s, c.takeRoom()
 }
 
-func (c *capture) tellWaiting(what, missing string) {
-	if _, size := findFiles(c.stem); c.captured {
-		c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until the "+
-			"annotation or the pod goes", c.counts, what, size)
-	} else {
-		c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
-	}
-}
-
-// clear deletes the files, which no tcpdump writes any more, and gives their room back.
+// clear deletes the files, which no tcpdump writes any more.
 func (c *capture) clear() {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
@@ -591,14 +564,13 @@ func (c *capture) clear() {
 		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
 	}
 	c.captured = false
-	c.agent.disk.give(c)
 }
 
 // tellStarted tells that tcpdump captures. What is not as usual makes it a Warning.
 func (c *capture) tellStarted(s sandbox, warning string) {
 	kind, more := "Normal", ""
-	if c.pod.filter != "" {
-		more = fmt.Sprintf("; the filter is %q", cut(c.pod.filter))
+	if c.spec.filter != "" {
+		more = fmt.Sprintf("; the filter is %q", cut(c.spec.filter))
 	}
 	warn := func(isSo bool, text string) {
 		if isSo {
@@ -608,64 +580,57 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 	warn(s.isHost, "this pod has the host's network, so the files hold the whole node's traffic")
 	warn(c.captured, "tcpdump began again at the first file, and the packets in that one are lost")
 	warn(warning != "", "tcpdump says: "+warning)
-	c.captured = true
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
-		fileNames(c.stem, c.pod.files), c.agent.podNamespace, c.agent.podName, s.device(c.pod), more)
+		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
+	// From now on tcpdump may write packets. If it is killed, it can't say how many.
+	c.captured, c.counts = true, "an unknown number of packets captured"
 }
 
 // ---- tcpdump: one run of it ----
 
 // runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns why.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
-	network, err := c.agent.cgroups.open(s, c.pod)
+	network, err := c.agent.cgroups.open(s)
 	if err != nil {
 		return fmt.Errorf("the pod's network can't be opened: %w", err)
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	tcpdump, err := c.agent.start(running, network, c.arguments(s.device(c.pod))...)
+	tcpdump, err := c.agent.start(running, network, c.arguments(s.device(c.spec))...)
 	network.Close() // or it would keep the pod's interface alive
 	if err != nil {
 		return fmt.Errorf("tcpdump can't be started: %w", err)
 	}
 
 	ended, end := context.WithCancel(context.Background())
+	defer end()
 	c.agent.alive.Go(func() { c.oversee(running, ended, stop, s, tcpdump.pid) })
-	said, since := &report{}, ""
-	if c.captured {
-		since = ", since tcpdump began again"
-	}
-	c.counts = "no packet captured"
-	err = said.read(tcpdump, func() {
-		// From now on it may write packets. If it is killed, it can't say how many.
-		c.counts = "an unknown number of packets captured"
+	counts, err := tcpdump.read(func(warning string) {
 		if ctx.Err() == nil {
-			c.tellStarted(s, said.warning)
+			c.tellStarted(s, warning)
 		}
 	})
-	end()
-	c.counts = cmp.Or(strings.Join(said.counts, ", "), c.counts) + since
+	c.counts = cmp.Or(counts, c.counts)
 	if running.Err() != nil {
 		return context.Cause(running)
 	}
-	status := fmt.Sprint(cmp.Or(err, errors.New("exit status 0")))
-	return fmt.Errorf("tcpdump ended by itself (%s)", cmp.Or(said.complaint, status))
+	return fmt.Errorf("tcpdump ended by itself (%v)", cmp.Or(err, errors.New("exit status 0")))
 }
 
 // oversee stops tcpdump when the disk is full, or when the pod's network has gone or changed. If
 // tcpdump does not end, an Event says so.
 func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
-	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
+	for ; running.Err() == nil; sleep(running, time.Second) {
 		now, ok := c.agent.cgroups.find(c.pod, s)
-		if !ok { // while a pod of CRI-O crashes, only tcpdump is in its network
+		if !ok { // while a pod of CRI-O crashes, only tcpdump itself is in its network
 			now, ok = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: strconv.Itoa(pid)})
 		}
 		if ok {
 			hadNetwork = time.Now()
 		}
 		switch {
-		case c.agent.disk.isFull():
+		case c.agent.isFull():
 			stop(errFull)
 		case ok && now.network != s.network:
 			stop(errors.New("the pod has a new network"))
@@ -673,46 +638,44 @@ func (c *capture) oversee(running, ended context.Context, stop func(error), s sa
 			stop(errors.New("the pod's network is gone"))
 		}
 	}
-	// It has been told to end. After termGrace it was sent SIGKILL, so now it should be gone.
 	if sleep(ended, termGrace+time.Second); ended.Err() == nil {
-		why := "SIGTERM and SIGKILL were sent, and it still runs; its files stay until it ends"
-		c.agent.events.tell(c.pod, "Warning", "CaptureFailed",
-			fmt.Sprintf("tcpdump (PID %d) can't be ended: %s", pid, why))
+		c.tell("Warning", "CaptureFailed", "tcpdump (PID %d) can't be ended: "+
+			"SIGTERM and SIGKILL were sent, and it still runs; its files stay until it ends", pid)
 	}
 }
 
-// arguments are the command line. nsenter executes tcpdump in its place, so the child's PID is
-// tcpdump's. The command live reads the line in /proc and takes over all arguments behind the path.
+// arguments are tcpdump's. The command live reads them in /proc and takes over those behind the path.
 func (c *capture) arguments(device string) []string {
 	// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet
 	// as it comes. With -Z root it may create the next file in /, which the user tcpdump may not. -p keeps
 	// to the pod's own packets. -B 4096 is a ring of 4 MiB, for a tcpdump that is held up: make measure.
-	arguments := []string{"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump", "-C", "1",
-		"-W", strconv.Itoa(c.pod.files), "-w", c.stem, "-U", "-Z", "root", "-p", "-i", device, "-B", "4096"}
-	if c.pod.filter != "" {
-		arguments = append(arguments, "--", c.pod.filter) // never an option
+	arguments := []string{"-C", "1", "-W", strconv.Itoa(c.spec.files), "-w", c.stem,
+		"-U", "-Z", "root", "-p", "-i", device, "-B", "4096"}
+	if c.spec.filter != "" {
+		arguments = append(arguments, "--", c.spec.filter) // never an option
 	}
 	return arguments
 }
 
-// process is a program that runs. Its stderr must be read to the end, and then wait be called.
+// process is a tcpdump that runs. Its stderr must be read to the end, and then wait be called.
 type process struct {
 	pid    int
 	stderr io.Reader
 	wait   func() error
 }
 
-// start starts a program with a network namespace as its descriptor 3 or, without one, in an empty
-// network namespace. When ctx ends, the program gets SIGTERM, and after termGrace SIGKILL.
+// start starts tcpdump in a network, or in an empty one if that is nil. nsenter executes tcpdump in its
+// place, so the PID is tcpdump's. When ctx ends, it gets SIGTERM, and after termGrace SIGKILL.
 func start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
-	cmd := exec.CommandContext(ctx, arguments[0], arguments[1:]...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = termGrace
-	if network != nil {
-		cmd.ExtraFiles, cmd.Stdout = []*os.File{network}, os.Stdout
-	} else {
+	enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
+	cmd := exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
+	cmd.ExtraFiles, cmd.Stdout = []*os.File{network}, os.Stdout
+	if network == nil {
+		cmd = exec.CommandContext(ctx, "tcpdump", arguments...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = termGrace
 	stderr, err := cmd.StderrPipe()
 	if err == nil {
 		err = cmd.Start()
@@ -723,123 +686,108 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 	return &process{cmd.Process.Pid, stderr, cmd.Wait}, nil
 }
 
-type report struct {
-	warning   string   // its first one
-	complaint string   // the last thing that it or nsenter complained of
-	counts    []string // what it counted, at its end
-}
-
-// read takes what a program says until it ends, and returns how. It calls listening when it captures.
-func (r *report) read(program *process, listening func()) error {
-	for lines := bufio.NewScanner(program.stderr); lines.Scan(); {
+// read reads what tcpdump says until it ends. It calls listening when tcpdump captures, with its first
+// warning. It returns what tcpdump counted at its end, and the last complaint or else the exit status.
+func (p *process) read(listening func(warning string)) (counts string, err error) {
+	var counted []string
+	warning, complaint := "", ""
+	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
 		line := lines.Text()
 		first, _, _ := strings.Cut(line, " ")
 		switch {
 		case strings.Contains(line, "listening on "):
-			listening()
+			listening(warning)
 		case strings.HasSuffix(line, " captured"): // "1 packet captured"
-			r.counts = append(r.counts, line)
+			counted = append(counted, line)
 		case strings.HasSuffix(line, " dropped by kernel"):
-			r.counts = append(r.counts, first+" dropped by the kernel")
+			counted = append(counted, first+" dropped by the kernel")
 		case strings.Contains(strings.ToLower(line), "warning: "):
-			r.warning = cmp.Or(r.warning, cut(line))
+			warning = cmp.Or(warning, cut(line))
 		case (first == "tcpdump:" || first == "nsenter:") && !strings.Contains(line, "data link type "):
-			r.complaint = cut(line)
+			complaint = cut(line)
 		}
 	}
-	io.Copy(io.Discard, program.stderr) // a line of more than 64 KiB ends the scanner
-	return program.wait()
+	io.Copy(io.Discard, p.stderr) // a line of more than 64 KiB ends the scanner
+	if err = p.wait(); err != nil && complaint != "" {
+		err = errors.New(complaint)
+	}
+	return strings.Join(counted, ", "), err
 }
 
 // ---- Files, and the room for them ----
 
-// disk is the room and the names that all captures share.
-type disk struct {
-	config
-	limit  int // files that all captures together may have
-	mu     sync.Mutex
-	owners map[string]*capture // by stem: who has room
+func (c *capture) link() string {
+	return filepath.Join(c.agent.root, "captures", c.pod.namespace+"_"+c.pod.name)
 }
 
-func (d *disk) link(p pod) string { return filepath.Join(d.root, "captures", p.namespace+"_"+p.name) }
-
-// free returns how many files the capture of a stem may have. The lock is held.
-func (d *disk) free(stem string) int {
-	free := d.limit
-	for other, owner := range d.owners {
-		if other != stem {
-			free -= owner.room
-		}
-	}
-	return free
-}
-
-// take gives a capture its stem, its link and room for its files, or returns what is missing. If a pod
-// of another namespace has the same name, a part of the UID follows the name, after a "_" that no name
-// has.
-func (d *disk) take(c *capture) (missing string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	stem := cmp.Or(c.stem, filepath.Join(d.root, "capture-"+c.pod.name+".pcap"))
-	if owner := d.owners[stem]; owner != nil && owner.pod.namespace != c.pod.namespace {
-		stem = filepath.Join(d.root, fmt.Sprintf("capture-%s_%.8s.pcap", c.pod.name, c.pod.uid))
-	}
-	owner, free := d.owners[stem], d.free(stem)
-	switch {
-	case owner != nil && owner != c:
-		return "its file name: an earlier capture has not ended yet"
-	case d.isFull():
-		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", d.diskFree, fileBytes)
-	case c.pod.files > free:
+// takeRoom gives a capture its stem, its link and room for its files, or returns what is missing. If a
+// pod of another namespace has the same name, a part of the UID follows the name, after a "_" that no
+// name has.
+func (c *capture) takeRoom() (missing string) {
+	a, n := c.agent, c.spec.files
+	a.room.Lock()
+	defer a.room.Unlock()
+	switch free := c.free(); {
+	case a.isFull():
+		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
+	case n > free:
 		return fmt.Sprintf("room: N=%d is asked for, and %d of the %d files that this node may have "+
-			"are taken", c.pod.files, d.limit-free, d.limit)
-	case owner == nil:
-		if err := os.Symlink(stem, d.link(c.pod)); err != nil {
-			return "its link: " + err.Error()
+			"are taken", n, a.limit-free, a.limit)
+	case c.stem == "":
+		stem, err := filepath.Join(a.root, "capture-"+c.pod.name+".pcap"), os.ErrExist
+		if a.stems[stem] {
+			stem = filepath.Join(a.root, fmt.Sprintf("capture-%s_%.8s.pcap", c.pod.name, c.pod.uid))
 		}
+		if !a.stems[stem] {
+			err = os.Symlink(stem, c.link())
+		}
+		if err != nil {
+			return fmt.Sprintf("its file name: an earlier capture has not ended yet (%v)", err)
+		}
+		c.stem, a.stems[stem] = stem, true
 	}
-	c.stem, c.room, d.owners[stem] = stem, c.pod.files, c
+	c.setRoom(n)
 	return ""
 }
 
-// handOver gives a capture the room of the one that it replaces, so that nobody takes it in between,
-// and more if it asks for more. It returns how many files are free for it. If they are too few, it
-// does nothing.
-func (d *disk) handOver(c *capture) (free int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	old := c.replaces
-	if old == nil || d.owners[old.stem] != old {
-		return d.limit // it will wait for its room
+// reserveRoom enlarges a capture's room to n files, if it has room, before those that it has are deleted.
+// It returns how many files are free for it. If they are too few, it does nothing.
+func (c *capture) reserveRoom(n int) (free int) {
+	c.agent.room.Lock()
+	defer c.agent.room.Unlock()
+	if c.stem == "" {
+		return c.agent.limit // it will wait for its room
 	}
-	if free = d.free(old.stem); c.pod.files <= free {
-		// The old files are there first and the new ones afterwards. So the larger number is enough.
-		c.stem, c.room, d.owners[old.stem] = old.stem, max(old.room, c.pod.files), c
+	if free = c.free(); n <= free {
+		c.setRoom(max(n, c.files))
 	}
 	return free
 }
 
-// give takes a capture's room back, if it has not been handed over.
-func (d *disk) give(c *capture) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	switch owner := d.owners[c.stem]; {
-	case owner == c:
-		os.Remove(d.link(c.pod))
-		delete(d.owners, c.stem)
-	case owner != nil:
-		owner.room = owner.pod.files // it has waited for these files to be deleted
+// giveRoom takes back what a capture has beyond room for n files. Without room it has no name.
+func (c *capture) giveRoom(n int) {
+	c.agent.room.Lock()
+	defer c.agent.room.Unlock()
+	if n == 0 && c.stem != "" {
+		os.Remove(c.link())
+		delete(c.agent.stems, c.stem)
+		c.stem = ""
 	}
-	c.stem, c.room = "", 0
+	c.setRoom(min(c.files, n))
 }
+
+// free is how many files a capture may have.
+func (c *capture) free() int { return c.agent.limit - c.agent.taken + c.files }
+
+func (c *capture) setRoom(n int) { c.agent.taken, c.files = c.agent.taken+n-c.files, n }
 
 // isFull reports whether less is free than captures leave free, or than one file takes. On a full disk
 // tcpdump would go on, and cut its files without a word.
-func (d *disk) isFull() bool {
+func (a *agent) isFull() bool {
 	var stat syscall.Statfs_t
-	err := syscall.Statfs(d.root, &stat)
+	err := syscall.Statfs(a.root, &stat)
 	free, total := int64(stat.Bavail)*stat.Bsize, int64(stat.Blocks)*stat.Bsize
-	return err == nil && free < max(fileBytes, total/100*d.diskFree)
+	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
 // fileNames names a capture's files as tcpdump does: one has no digits, more have as many as n-1.
@@ -851,18 +799,20 @@ func fileNames(stem string, n int) string {
 	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
 }
 
-// findFiles returns the paths of a capture's files, and how many bytes they have. The files of web are
-// never those of web-2, or of a pod that is named web.pcap0.
+// findFiles returns the paths of a capture's files, the one written first coming first, and how many
+// bytes they have. The files of web are never those of web-2, or of a pod that is named web.pcap0.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
 	}
+	written := map[string]time.Time{}
 	all, _ := filepath.Glob(stem + "*")
 	for _, path := range all {
 		if info, err := os.Lstat(path); err == nil && strings.TrimRight(path, digits) == stem {
-			paths, size = append(paths, path), size+info.Size()
+			paths, size, written[path] = append(paths, path), size+info.Size(), info.ModTime()
 		}
 	}
+	slices.SortStableFunc(paths, func(a, b string) int { return written[a].Compare(written[b]) })
 	return paths, size
 }
 
@@ -883,15 +833,11 @@ type cgroups struct {
 type sandbox struct {
 	network, pid string // "net:[4026532281]" names a namespace as long as it lives
 	isHost       bool
+	standard     string // the interface that is captured unless an annotation names one
 	interfaces   []string
 }
 
-func (s sandbox) device(p pod) string {
-	if s.isHost {
-		return cmp.Or(p.iface, "any")
-	}
-	return cmp.Or(p.iface, podInterface)
-}
+func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
 // newCgroups finds kubepods, which is a level deeper in kind. cgroup v1 has it in each hierarchy: those
 // of systemd and pids have the fewest files to look through.
@@ -901,8 +847,7 @@ func newCgroups(proc string) (g *cgroups, err error) {
 		return nil, err
 	}
 	root := proc + "/1/root/sys/fs/cgroup"
-	trees := []string{root + "/systemd", root + "/pids", root}
-	for _, g.tree = range trees {
+	for _, g.tree = range []string{root + "/systemd", root + "/pids", root} {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
 			found, _ := filepath.Glob(g.tree + name)
 			if len(found) == 0 {
@@ -916,7 +861,7 @@ func newCgroups(proc string) (g *cgroups, err error) {
 			return g, nil
 		}
 	}
-	return nil, fmt.Errorf("no cgroup kubepods is in %s", strings.Join(trees, " or "))
+	return nil, fmt.Errorf("no cgroup kubepods is in %s, nor in systemd or pids below it", root)
 }
 
 // of returns the path of a pod's cgroup. It is "" before the kubelet has made it, and after the pod has
@@ -940,10 +885,10 @@ func (g *cgroups) of(p pod) string {
 
 // find returns the network of a pod: that of the oldest process, since containers may make networks of
 // their own. As long as last's process is in it, nothing has changed.
-func (g *cgroups) find(p pod, last sandbox) (found sandbox, ok bool) {
+func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	cgroup := g.of(p)
 	if cgroup == "" {
-		return found, false
+		return s, false
 	}
 	if s, isPods := g.sandboxOf(last.pid); isPods && s.network == last.network {
 		return s, true
@@ -956,12 +901,12 @@ func (g *cgroups) find(p pod, last sandbox) (found sandbox, ok bool) {
 	}
 	oldest := uint64(math.MaxUint64)
 	for _, pid := range pids {
-		s, isPods := g.sandboxOf(pid)
-		if born := g.startTime(pid); isPods && born < oldest {
-			found, ok, oldest = s, true, born
+		born := g.startTime(pid)
+		if now, isPods := g.sandboxOf(pid); isPods && born < oldest {
+			s, ok, oldest = now, true, born
 		}
 	}
-	return found, ok
+	return s, ok
 }
 
 // sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has one of
@@ -973,7 +918,7 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 	if err != nil {
 		return s, false
 	}
-	s = sandbox{network: network, pid: pid, isHost: network == g.hostNet}
+	s = sandbox{network: network, pid: pid, isHost: network == g.hostNet, standard: podInterface}
 	for line := range strings.Lines(readFile(dir + "/net/dev")) {
 		if name, _, ok := strings.Cut(line, ":"); ok {
 			s.interfaces = append(s.interfaces, strings.TrimSpace(name))
@@ -982,20 +927,20 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 	if !s.isHost {
 		return s, slices.Contains(s.interfaces, podInterface)
 	}
+	s.standard = "any"
 	files, err := os.Stat(dir + "/root")
 	hosts, hostErr := os.Stat(g.proc + "/1/root")
 	return s, err == nil && hostErr == nil && !os.SameFile(files, hosts)
 }
 
-// open opens a pod's network, whose file the caller closes. The process may have ended since it was
-// found, and its PID be another pod's. So the pod's network is found once more when the file is open.
-func (g *cgroups) open(s sandbox, p pod) (*os.File, error) {
+// open opens a network, whose file the caller closes. The process that it was found by may have ended
+// since, and its PID be another pod's: its name tells whether it is still the one.
+func (g *cgroups) open(s sandbox) (*os.File, error) {
 	file, err := os.Open(filepath.Join(g.proc, s.pid, "ns/net"))
 	if err != nil {
 		return nil, err
 	}
-	now, ok := g.find(p, sandbox{})
-	if opened, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd())); !ok || opened != now.network {
+	if opened, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd())); opened != s.network {
 		file.Close()
 		return nil, errors.New("the process that it was found by has ended")
 	}
@@ -1017,18 +962,14 @@ func (g *cgroups) straysOf(cgroup string) []string {
 	})
 }
 
-func processesIn(cgroup string) []string {
-	pids := strings.Fields(readFile(cgroup + "/cgroup.procs"))
-	var stat syscall.Stat_t
-	if syscall.Stat(cgroup, &stat); stat.Nlink == 2 {
-		return pids // a folder has two links and one for each folder in it: it need not be read
-	}
-	below, _ := os.ReadDir(cgroup)
-	for _, entry := range below {
-		if entry.IsDir() {
-			pids = append(pids, processesIn(cgroup+"/"+entry.Name())...)
+// processesIn returns the processes in a cgroup and below.
+func processesIn(cgroup string) (pids []string) {
+	filepath.WalkDir(cgroup, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && entry.IsDir() {
+			pids = append(pids, strings.Fields(readFile(path+"/cgroup.procs"))...)
 		}
-	}
+		return nil
+	})
 	return pids
 }
 
@@ -1045,91 +986,80 @@ func (g *cgroups) startTime(pid string) uint64 {
 
 // ---- Events ----
 
-type event struct {
-	pod                   pod
-	kind, reason, message string
-	at                    time.Time
-}
-
-// events posts Events, those of a namespace in their order. No namespace's webhook holds up another's.
-type events struct {
-	api      *client
-	nodeName string
-	ctx      context.Context // of all requests; stop ends it
-	stop     context.CancelFunc
-	posting  sync.WaitGroup
-	mu       sync.Mutex
-	queues   map[string][]event // by namespace, while a goroutine posts them
-}
-
-// tell writes a line of the log and has an Event posted. It never waits.
-func (e *events) tell(p pod, kind, reason, message string) {
+// tell writes a line of the log and has an Event posted, unless that would say the same again. It never
+// waits.
+func (c *capture) tell(kind, reason, format string, values ...any) {
+	a, namespace := c.agent, c.pod.namespace
+	a.queued.Lock()
+	defer a.queued.Unlock()
+	message := fmt.Sprintf(format, values...)
+	if message == c.told {
+		return
+	}
+	c.told = message
 	log := slog.Info
 	if kind == "Warning" {
 		log = slog.Warn
 	}
-	log(reason, "namespace", p.namespace, "pod", p.name, "message", message)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	queue, isPosting := e.queues[p.namespace]
+	log(reason, "namespace", namespace, "pod", c.pod.name, "message", message)
+	queue, isPosting := a.queues[namespace]
 	if len(queue) >= eventQueue {
-		slog.Warn("an Event is lost, too many wait", "namespace", p.namespace, "pod", p.name)
+		slog.Warn("an Event is lost, too many wait", "namespace", namespace, "pod", c.pod.name)
 		return
 	}
-	e.queues[p.namespace] = append(queue, event{p, kind, reason, message, time.Now()})
+	at := time.Now()
+	a.queues[namespace] = append(queue, func() { a.post(c.pod, kind, reason, message, at) })
 	if !isPosting {
-		e.posting.Go(func() { e.postAll(p.namespace) })
+		a.alive.Go(func() { a.postAll(namespace) })
 	}
 }
 
-func (e *events) postAll(namespace string) {
-	for {
-		e.mu.Lock()
-		queue := e.queues[namespace]
-		if len(queue) == 0 {
-			delete(e.queues, namespace)
-			e.mu.Unlock()
-			return
-		}
-		e.queues[namespace] = queue[1:]
-		e.mu.Unlock()
-		e.post(queue[0])
+// postAll posts a namespace's Events in their order. No namespace's webhook holds up another's.
+func (a *agent) postAll(namespace string) {
+	a.queued.Lock()
+	defer a.queued.Unlock()
+	for queue := a.queues[namespace]; len(queue) > 0; queue = a.queues[namespace] {
+		a.queues[namespace] = queue[1:]
+		a.queued.Unlock()
+		queue[0]()
+		a.queued.Lock()
 	}
+	delete(a.queues, namespace)
 }
 
 // post tries to post an Event until it is there, or never will be.
-func (e *events) post(next event) {
+func (a *agent) post(p pod, kind, reason, message string, at time.Time) {
 	type fields = map[string]any
-	p, at := next.pod, next.at.UTC().Format(time.RFC3339)
+	second := at.UTC().Format(time.RFC3339)
 	// Times have seconds alone: by their names kubectl lists those of a second in their order.
-	name := fmt.Sprintf("packetcapture-%x-%.8s", next.at.UnixNano(), p.uid)
+	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
 	body, _ := json.Marshal(fields{ // strings never fail
 		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": p.namespace, "name": name},
 		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod",
 			"namespace": p.namespace, "name": p.name, "uid": p.kubeletUID},
-		"type": next.kind, "reason": next.reason, "message": next.message, "count": 1,
-		"source":         fields{"component": "packetcapture", "host": e.nodeName},
-		"firstTimestamp": at, "lastTimestamp": at,
+		"type": kind, "reason": reason, "message": message, "count": 1,
+		"source":         fields{"component": "packetcapture", "host": a.nodeName},
+		"firstTimestamp": second, "lastTimestamp": second,
 	})
 	for retry := requestBackoff; ; {
-		ctx, cancel := context.WithTimeout(e.ctx, 10*time.Second)
-		answer, err := e.api.do(ctx, "POST", path, "application/json", body)
+		ctx, cancel := context.WithTimeout(a.posts, 10*time.Second)
+		answer, err := a.api.do(ctx, "POST", path, "application/json", body)
 		cancel()
-		code := statusOf(err)
-		// 401, 429 and 5xx pass. 403, say, does not, in a namespace that is being deleted.
-		isFinal := code > 0 && code < 500 && code != 401 && code != 429
-		switch {
-		case err == nil:
+		if err == nil {
 			answer.Close()
 			return
+		}
+		switch code := asStatus(err).Code; {
 		case code == http.StatusConflict: // an earlier try has posted it
 			return
-		case isFinal || time.Since(next.at) >= eventTime || e.ctx.Err() != nil:
+		// 401, 429 and 5xx pass. 403, say, does not, in a namespace that is being deleted.
+		case code > 0 && code < 500 && code != 401 && code != 429,
+			time.Since(at) >= eventTime, a.posts.Err() != nil:
 			slog.Warn("an Event is not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return
 		}
-		sleep(e.ctx, retry.next(err))
+		sleep(a.posts, retry.next(err))
 	}
 }
 
@@ -1140,22 +1070,23 @@ type object struct {
 		Namespace, Name, UID, ResourceVersion string
 		Annotations                           map[string]string
 	}
-	Code    int // of a Status, the object of ERROR
-	Message string
+	statusError // the object of an ERROR
 }
 
-func (o *object) pod() pod {
+func (o *object) pod() (p pod, asked spec) {
 	m := &o.Metadata
-	p := pod{namespace: m.Namespace, name: m.Name, uid: m.UID, kubeletUID: m.UID}
-	if hash := m.Annotations[hashAnnotation]; hash != "" && hash == m.Annotations[mirrorAnnotation] {
+	p = pod{m.Namespace, m.Name, m.UID, m.UID}
+	// A static pod's cgroup is named after its config.hash. A user can add that to a pod, with another
+	// pod's UID, but not config.mirror.
+	hash := m.Annotations["kubernetes.io/config.hash"]
+	if hash != "" && hash == m.Annotations["kubernetes.io/config.mirror"] {
 		p.kubeletUID = hash
 	}
-	p.value, p.annotated = m.Annotations[annotation]
-	p.files, _ = strconv.Atoi(p.value)
-	p.filter = strings.TrimSpace(m.Annotations[filterAnnotation])
-	p.iface = m.Annotations[interfaceAnnotation]
-	p.annotated = p.annotated && m.UID != "" && !strings.Contains(m.Name, "/") // it becomes a path
-	return p
+	asked.value, asked.annotated = m.Annotations[annotation]
+	asked.files, _ = strconv.Atoi(asked.value)
+	asked.filter = strings.TrimSpace(m.Annotations[filterAnnotation])
+	asked.iface = m.Annotations[interfaceAnnotation]
+	return p, asked
 }
 
 // client speaks to the API server as the service account, for several goroutines.
@@ -1203,8 +1134,8 @@ func (c *client) do(ctx context.Context, verb, path, as string, body []byte) (io
 	request.Header = http.Header{"Authorization": {"Bearer " + strings.TrimSpace(string(token))},
 		"Accept": {as}, "Content-Type": {"application/json"}, "User-Agent": {"packetcapture"}}
 	response, err := c.http.Do(request)
-	if wrapped := new(url.Error); errors.As(err, &wrapped) {
-		return nil, wrapped.Err // without the URL
+	if err != nil {
+		return nil, errors.Unwrap(err) // a *url.Error's, without the URL
 	}
 	if response.StatusCode/100 == 2 {
 		return response.Body, nil
@@ -1227,17 +1158,15 @@ type statusError struct {
 }
 
 func (e *statusError) Error() string {
-	if e.Code == 0 {
-		return e.Message
-	}
 	return fmt.Sprintf("%d %s: %s", e.Code, http.StatusText(e.Code), e.Message)
 }
 
-func statusOf(err error) int {
-	if status := new(statusError); errors.As(err, &status) {
-		return status.Code
+// asStatus returns an error's statusError, which is empty if it has none.
+func asStatus(err error) statusError {
+	if status, ok := errors.AsType[*statusError](err); ok {
+		return *status
 	}
-	return 0
+	return statusError{}
 }
 
 // ---- cat and live: what reads a capture ----
@@ -1262,19 +1191,6 @@ const (
 	packetHeader = 16 // and of a packet's: seconds, fraction, captured length, length; of 4 bytes each
 )
 
-// readHead returns a file's header with that of its first packet, and the packet's time. A file
-// without a packet has just been begun, so it counts as the newest.
-func readHead(path string) (head []byte, first uint64) {
-	file, _ := os.Open(path)
-	defer file.Close()
-	head, _ = io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
-	if len(head) < pcapHeader+packetHeader {
-		return head, math.MaxUint64
-	}
-	number := binary.NativeEndian.Uint32
-	return head, uint64(number(head[24:]))<<32 | uint64(number(head[28:]))
-}
-
 // cat writes the files of a capture as one pcap, the oldest one first. It says on stderr how much that
 // was: kubectl exec cuts a stream to a slow reader, and exits with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
@@ -1282,30 +1198,25 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	heads, times := map[string][]byte{}, map[string]uint64{}
 	paths, _ := findFiles(stem)
-	for _, path := range paths {
-		heads[path], times[path] = readHead(path)
-	}
-	slices.SortStableFunc(paths, func(a, b string) int { return cmp.Compare(times[a], times[b]) })
+	heads := map[string][]byte{} // the header and that of the first packet
+	paths = slices.DeleteFunc(paths, func(path string) bool {
+		file, _ := os.Open(path)
+		defer file.Close()
+		heads[path], _ = io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
+		return len(heads[path]) < pcapHeader // it has just been begun
+	})
 
 	packets, written := 0, 0
 	for _, path := range paths {
-		data, _ := os.ReadFile(path)
-		now, _ := readHead(path)
-		// tcpdump may overwrite a file while it is read. It is whole if it begins as it did before, both in
-		// what was read and afterwards.
-		switch head := heads[path]; {
-		case len(head) < pcapHeader:
-			continue
-		case !bytes.HasPrefix(data, head) || !bytes.HasPrefix(now, head):
+		data, err := os.ReadFile(path)
+		if err != nil || !bytes.HasPrefix(data, heads[path]) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
 		}
 		count, end := countPackets(data)
-		packets += count
-		n, err := stdout.Write(data[min(written, pcapHeader):end])
-		if written += n; err != nil {
+		n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
+		if packets, written = packets+count, written+n; err != nil {
 			return err
 		}
 	}
@@ -1320,6 +1231,7 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	return nil
 }
 
+// countPackets counts the whole packets of a file, and returns where the last one ends.
 func countPackets(data []byte) (count, end int) {
 	for end = pcapHeader; end+packetHeader <= len(data); count++ {
 		next := end + packetHeader + int(binary.NativeEndian.Uint32(data[end+8:]))
@@ -1331,16 +1243,16 @@ func countPackets(data []byte) (count, end int) {
 	return count, end
 }
 
-// live writes packets of a capture to stdout as they come, with a second tcpdump in the same network.
+// liveView writes packets of a capture to stdout as they come, with a second tcpdump in the same network.
 // It ends when the capture's tcpdump ends, and when stdin does: nothing else tells a process that
 // kubectl exec has started that its kubectl has gone.
-func live(ctx context.Context, root, name string) error {
+func liveView(ctx context.Context, root, name string) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
 		return err
 	}
-	stat, network, shared := findTcpdump(stem)
-	if stat == nil {
+	captures, network, shared := findTcpdump(stem)
+	if captures == nil {
 		return fmt.Errorf("no tcpdump captures %s now: kubectl describe pod tells why", name)
 	}
 	ctx, stop := context.WithCancelCause(ctx)
@@ -1349,71 +1261,57 @@ func live(ctx context.Context, root, name string) error {
 		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
 	}()
 	go func() {
-		for ctx.Err() == nil && isAlive(stat) {
-			sleep(ctx, 100*time.Millisecond)
+		for isAlive(captures) {
+			time.Sleep(100 * time.Millisecond)
 		}
-		fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended.")
 		stop(nil)
 	}()
-	words := []string{"nsenter", "--net=/proc/self/fd/3", "--", "tcpdump", "--immediate-mode", "-w", "-"}
-	tcpdump, err := start(ctx, network, append(words, shared...)...)
-	if err != nil {
-		return err
-	}
-	said := &report{}
-	if err := said.read(tcpdump, func() {}); ctx.Err() == nil {
-		return fmt.Errorf("tcpdump has ended (%s)", cmp.Or(said.complaint, fmt.Sprint(err)))
+
+	tcpdump, err := start(ctx, network, append([]string{"--immediate-mode", "-w", "-"}, shared...)...)
+	if err == nil {
+		_, err = tcpdump.read(func(string) {})
 	}
 	if cause := context.Cause(ctx); cause != context.Canceled {
-		return cause
+		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
 	}
+	fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended.")
 	return nil
 }
 
 // findTcpdump finds the tcpdump that writes a capture's files, by its arguments. It must be in this
-// container, because a process of another pod may have the same ones. It returns the process's open
-// stat and network, and its arguments behind the path.
-func findTcpdump(stem string) (stat, network *os.File, shared []string) {
+// container, because a process of another pod may have the same ones. It returns the process, its open
+// network, and its arguments behind the path.
+func findTcpdump(stem string) (tcpdump *os.Process, network *os.File, shared []string) {
 	own, _ := os.Readlink("/proc/self/ns/mnt")
 	dirs, _ := filepath.Glob("/proc/[1-9]*")
 	for _, dir := range dirs {
-		stat, _ := os.Open(dir + "/stat")
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		tcpdump, _ := os.FindProcess(pid)
 		network, _ := os.Open(dir + "/ns/net")
 		mounts, _ := os.Readlink(dir + "/ns/mnt")
 		words := strings.Split(strings.TrimSuffix(readFile(dir+"/cmdline"), "\x00"), "\x00")
 		i := slices.Index(words, stem)
-		if mounts == own && words[0] == "tcpdump" && i > 0 && words[i-1] == "-w" && isAlive(stat) {
-			return stat, network, words[i+1:]
+		if mounts == own && words[0] == "tcpdump" && i > 0 && words[i-1] == "-w" && isAlive(tcpdump) {
+			return tcpdump, network, words[i+1:]
 		}
-		stat.Close()
 		network.Close()
 	}
 	return nil, nil, nil
 }
 
-// isAlive reads the open stat of a process. That fails once it has ended, even if its PID is another's.
-func isAlive(stat *os.File) bool {
-	_, err := stat.ReadAt(make([]byte, 1), 0)
-	return err == nil
-}
+// isAlive reports whether a process has not ended, even if its PID is another's by now.
+func isAlive(process *os.Process) bool { return process.Signal(syscall.Signal(0)) == nil }
 
 // ---- Helpers ----
 
-// backoff says how long to wait after a failure: from least, twice as long each time, up to most.
-type backoff struct {
-	least, most time.Duration
-	failures    int
-}
+// backoff is the least pause after the next failure. It doubles each time, up to most.
+type backoff struct{ pause, most time.Duration }
 
 // next adds jitter, so that nodes do not retry in step, and what the API server asks for.
 func (b *backoff) next(err error) time.Duration {
-	base := min(b.least<<b.failures, b.most/2)
-	b.failures = min(b.failures+1, 16)
-	wait := base + rand.N(base)
-	if status := new(statusError); errors.As(err, &status) {
-		wait += status.retryAfter
-	}
-	return wait
+	wait := b.pause + rand.N(b.pause)
+	b.pause = min(2*b.pause, b.most)
+	return wait + asStatus(err).retryAfter
 }
 
 func sleep(ctx context.Context, wait time.Duration) {

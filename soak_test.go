@@ -187,7 +187,7 @@ func (w *walker) boot() {
 		return
 	}
 	cfg := testConfig(w, w.proc.dir, w.root)
-	cfg.account, cfg.diskLimit = w.api.account, int64(w.limit)*fileBytes
+	cfg.account, cfg.limit = w.api.account, w.limit
 	a, err := newAgent(cfg)
 	must(w, err)
 	a.api.http.Transport, a.start, a.ready = w, w.start, func() {}
@@ -654,7 +654,7 @@ func (answers transport) RoundTrip(r *http.Request) (*http.Response, error) { re
 // fuzzed is a node without pods, on which tcpdump does nothing.
 func fuzzed(t testing.TB, server transport) *podWatch {
 	cfg := testConfig(t, newProc(t).dir, t.TempDir())
-	cfg.diskLimit = 100 * fileBytes
+	cfg.limit = 100
 	a, err := newAgent(cfg)
 	must(t, err)
 	a.api.http.Transport, a.ready = server, func() {}
@@ -688,7 +688,8 @@ func FuzzAnnotations(f *testing.F) {
 		} {
 			var o object
 			o.Metadata.Annotations = test.annotations
-			refusal := w.refusal(t.Context(), &capture{agent: w.agent, pod: o.pod()})
+			p, asked := o.pod()
+			refusal := w.refusal(t.Context(), &capture{agent: w.agent, pod: p}, asked)
 			isText := len(refusal) <= 1000 && utf8.ValidString(refusal) && !strings.ContainsFunc(refusal, isControl)
 			if (refusal == "") != test.isValid || !isText {
 				t.Errorf("%q are valid: %v; refused with %q", test.annotations, test.isValid, refusal)
@@ -720,7 +721,8 @@ func FuzzWatch(f *testing.F) {
 				return answer(200, []byte(text)), nil
 			})
 			const uid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
-			w.apply(ctx, podNamed("old", uid, "1"))
+			old := podNamed("old", uid, "1")
+			w.apply(ctx, old.pod, old.spec)
 			w.version = "v1"
 			w.watch(ctx)
 			if w.captures[uid] == nil && !strings.Contains(text, uid) {
@@ -731,9 +733,8 @@ func FuzzWatch(f *testing.F) {
 			if watches > 160 {
 				t.Errorf("%q: more than 160 watches in a minute", text)
 			}
+			w.agent.endPosts()
 			w.agent.alive.Wait()
-			w.agent.events.stop()
-			w.agent.events.posting.Wait()
 		})
 	})
 }
