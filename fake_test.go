@@ -5,17 +5,12 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
-	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -120,13 +115,6 @@ func (p *fakeProc) tree(cgroup string) string {
 // make makes a cgroup, and those above it.
 func (p *fakeProc) make(cgroup string) { must(p, os.MkdirAll(p.tree(cgroup), 0o755)) }
 
-// list changes the processes in a cgroup's folder.
-func (p *fakeProc) list(folder string, change func(pids []string) []string) {
-	pids := change(strings.Fields(readFile(folder + "/cgroup.procs")))
-	slices.SortFunc(pids, func(a, b string) int { return cmp.Or(len(a)-len(b), strings.Compare(a, b)) })
-	p.write(folder+"/cgroup.procs", strings.Join(pids, "\n"))
-}
-
 // write writes a file at once, like the kernel.
 func (p *fakeProc) write(path, text string) {
 	must(p, os.WriteFile(path+".new", []byte(text), 0o644), os.Rename(path+".new", path))
@@ -156,7 +144,7 @@ func (p *fakeProc) add(ps fakeProcess) {
 	if ps.cgroup != "" {
 		p.make(ps.cgroup)
 		must(p, os.Symlink(p.tree(ps.cgroup), dir+"/cgroup"))
-		p.list(dir+"/cgroup", func(pids []string) []string { return append(pids, pid) })
+		p.write(dir+"/cgroup/cgroup.procs", readFile(dir+"/cgroup/cgroup.procs")+pid+"\n")
 	}
 }
 
@@ -168,12 +156,11 @@ func (p *fakeProc) pod(pid int, uid string) {
 // end ends a process. Its cgroup stays until gone, as that of a pod does until the kubelet removes it.
 func (p *fakeProc) end(pid int) {
 	dir := filepath.Join(p.dir, strconv.Itoa(pid))
-	cgroup := readLink(dir + "/cgroup")
-	must(p, os.RemoveAll(dir))
-	if cgroup != "" {
-		isIt := func(other string) bool { return other == filepath.Base(dir) }
-		p.list(cgroup, func(pids []string) []string { return slices.DeleteFunc(pids, isIt) })
+	if cgroup := readLink(dir + "/cgroup"); cgroup != "" {
+		others := strings.ReplaceAll("\n"+readFile(cgroup+"/cgroup.procs"), fmt.Sprintf("\n%d\n", pid), "\n")
+		p.write(cgroup+"/cgroup.procs", others[1:])
 	}
+	must(p, os.RemoveAll(dir))
 }
 
 // gone removes the cgroup of a pod, and ends what is in it.
@@ -202,8 +189,7 @@ type behaviour struct {
 	shutdown time.Duration // from SIGTERM to its end
 	deaf     bool          // it ignores SIGTERM
 	immortal bool          // and SIGKILL
-	syntax   string        // what tcpdump -d says of a filter; it always refuses "refused"
-	compile  time.Duration // how long it takes for that
+	compile  time.Duration // how long tcpdump -d takes for a filter; it refuses "refused"
 }
 
 // children stand in for tcpdump, and watch over what must hold at any time.
@@ -222,14 +208,19 @@ type children struct {
 type fakeChild struct {
 	behaviour
 	pid, n    int
-	process   int      // by which its network was found
-	stem      string   // its -w
-	arguments []string // tcpdump's
-	network   string   // the folder of the network that it found at descriptor 3
-	files     []string // their names
-	signals   []string
-	quit      chan func() (words string, err error) // how it ends
+	process   int            // by which its network was found
+	stem      string         // its -w
+	arguments []string       // tcpdump's
+	network   string         // the folder of the network that it found at descriptor 3
+	files     []string       // their names
+	quit      chan lastWords // when it ends
 	gone      atomic.Bool
+}
+
+// lastWords are what a child says at its end, and its exit status.
+type lastWords struct {
+	words string
+	err   error
 }
 
 const closing = "7 packets captured\n9 packets received by filter\n2 packets dropped by kernel\n"
@@ -250,7 +241,7 @@ func (k *children) start(ctx context.Context, network *os.File, arguments ...str
 		return nil, k.next.refusal
 	}
 	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments,
-		network: filepath.Dir(readLink(network.Name())), quit: make(chan func() (string, error), 10)}
+		network: filepath.Dir(readLink(network.Name())), quit: make(chan lastWords, 10)}
 	c.process, _ = strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(network.Name()))))
 	c.stem = c.option("-w")
 	c.n, _ = strconv.Atoi(c.option("-W"))
@@ -270,15 +261,14 @@ func (k *children) start(ctx context.Context, network *os.File, arguments ...str
 
 // compiler is tcpdump -y <link type> -d -- <filter>.
 func (k *children) compiler(ctx context.Context, arguments []string) (*process, error) {
-	b, filter := k.next, arguments[len(arguments)-1]
-	if filter == "refused" {
-		b.syntax = "tcpdump: can't parse filter expression: syntax error\n"
-	}
+	takes, filter := k.next.compile, arguments[len(arguments)-1]
 	k.compiled, k.links = append(k.compiled, filter), append(k.links, arguments[1])
 	return begin(1, func(stderr io.Writer) error {
-		sleep(ctx, b.compile)
-		io.WriteString(stderr, b.syntax)
-		return map[bool]error{true: errStatus}[b.syntax != "" || ctx.Err() != nil]
+		if sleep(ctx, takes); filter != "refused" {
+			return ctx.Err()
+		}
+		io.WriteString(stderr, "tcpdump: can't parse filter expression: syntax error\n")
+		return errStatus
 	}), nil
 }
 
@@ -309,19 +299,16 @@ func (k *children) live(ctx context.Context, c *fakeChild, stderr io.Writer) err
 			}
 		case <-told:
 			told, kill = nil, time.After(termGrace)
-			c.signals = append(c.signals, "terminated")
 			if !c.deaf {
 				time.AfterFunc(c.shutdown, func() { c.exit(closing, nil) })
 			}
 		case <-kill:
-			c.signals = append(c.signals, "killed")
 			if !c.immortal {
 				c.exit("", errKilled)
 			}
-		case end := <-c.quit:
-			words, err := end()
-			io.WriteString(stderr, words)
-			return err
+		case last := <-c.quit:
+			io.WriteString(stderr, last.words)
+			return last.err
 		}
 	}
 }
@@ -335,7 +322,7 @@ func (c *fakeChild) option(name string) string { return c.arguments[slices.Index
 // exit ends a child, by itself or by a signal; the first counts.
 func (c *fakeChild) exit(words string, err error) {
 	select {
-	case c.quit <- func() (string, error) { return words, err }:
+	case c.quit <- lastWords{words, err}:
 	default:
 	}
 }
@@ -344,10 +331,10 @@ func (c *fakeChild) exit(words string, err error) {
 
 // fakeAPI is what packetcapture needs of an API server: a watch of node-1's pods, and Events. Any other
 // request fails the test, which proves what RBAC must allow. It is an http.RoundTripper without any network,
-// which works in a bubble of testing/synctest. A real server can stand before it (serve).
+// which works in a bubble of testing/synctest.
 type fakeAPI struct {
 	t             testing.TB
-	account       string        // the service account's folder, with a token and a CA that are right
+	account       string        // the service account's folder, with a token that is right
 	bookmarkEvery time.Duration // for each watch; 0: only when told to
 
 	mu        sync.Mutex
@@ -356,15 +343,14 @@ type fakeAPI struct {
 	compacted int    // watches from before are answered 410
 	goneIs200 bool   // and that comes as an ERROR event
 	pods      map[string]fakePod
-	history   []change
-	open      []*stream       // the watches, but for those that push or restore has ended
+	history   map[int][]byte  // what a watch got at each version that a change of a pod made
+	open      []*stream       // the watches, but for those that push has ended
 	changed   chan struct{}   // closed and replaced when they get something
 	frozen    context.Context // nothing is answered until it ends
 	thaw      func()
 	faults    []fault
 	requests  []fakeRequest
-	events    []map[string]any     // that were posted and taken
-	taken     map[string]time.Time // when, by their bodies
+	events    []map[string]any // that were posted and taken
 }
 
 // fakePod is a pod's metadata. A pod that is put again keeps its namespace and name; the UID may be another.
@@ -374,28 +360,19 @@ type fakePod struct {
 	version              int
 }
 
-// change is one of a pod, as watches from an earlier version get it when they begin.
-type change struct {
-	version int
-	pods    map[string]fakePod // after it
-	data    []byte
-}
+// ending is how the open watches end; they go on if it is nil.
+type ending = error
 
-// ending is how the open watches end.
-type ending int
-
-const (
-	goesOn ending = iota
-	ends          // as at the time limit
-	breaks        // as when the connection is lost
+var (
+	ends   = io.EOF              // as at the time limit
+	breaks = io.ErrUnexpectedEOF // as when the connection is lost
 )
 
-// fakeRequest is what was asked for: verb is watch or post, "" of an unknown one.
+// fakeRequest is what was asked for: verb is "watch", "post <namespace>", or "" of an unknown one. A watch
+// begins from a version, and has a time limit in seconds.
 type fakeRequest struct {
-	at              time.Time
-	verb, namespace string
-	query           url.Values
-	proto           int
+	at                time.Time
+	verb, from, limit string
 }
 
 // fault is what a request meets in place of its answer.
@@ -403,7 +380,6 @@ type fault struct {
 	verb       string
 	times      int           // how often; below 1: until heal
 	hangs      time.Duration // before that. With neither code nor err the right answer comes then
-	isDone     bool          // what was asked for is done nevertheless
 	code       int           // of the answer, or 0 and
 	err        error
 	retryAfter string
@@ -412,27 +388,16 @@ type fault struct {
 
 func newFakeAPI(t testing.TB) *fakeAPI {
 	f := &fakeAPI{t: t, account: t.TempDir(), token: "token-1", version: 100, pods: map[string]fakePod{},
-		changed: make(chan struct{}), taken: map[string]time.Time{}}
+		history: map[int][]byte{}, changed: make(chan struct{})}
 	f.frozen, f.thaw = context.WithCancel(context.Background())
 	f.thaw()
 	f.mount("token", f.token+"\n")
-	f.mount("ca.crt", string(someCA))
 	return f
 }
 
 // mount writes a file of the service account's folder.
 func (f *fakeAPI) mount(name, text string) {
 	must(f.t, os.WriteFile(filepath.Join(f.account, name), []byte(text), 0o600))
-}
-
-// serve serves over TLS and HTTP/2 until the test ends, with a certificate of someCA.
-func (f *fakeAPI) serve(listener net.Listener) {
-	asIs := func(*httputil.ProxyRequest) {}
-	server := httptest.NewUnstartedServer(&httputil.ReverseProxy{Transport: f, Rewrite: asIs, FlushInterval: -1})
-	server.Listener.Close()
-	server.Listener, server.EnableHTTP2 = listener, true
-	server.StartTLS()
-	f.t.Cleanup(server.Close)
 }
 
 // put stores a pod and returns its version.
@@ -456,26 +421,16 @@ func (f *fakeAPI) change(kind string, p fakePod) string {
 	if f.pods[p.namespace+"/"+p.name] = p; kind == "DELETED" {
 		delete(f.pods, p.namespace+"/"+p.name)
 	}
-	f.history = append(f.history, change{f.version, maps.Clone(f.pods), watchFrame(kind, p.object())})
-	f.send(watchFrame(kind, p.object()), goesOn)
+	f.history[f.version] = watchFrame(kind, p.object())
+	f.send(f.history[f.version], nil)
 	return versionName(f.version)
-}
-
-// restore brings back the store as it was at a version, as from a backup of etcd, and breaks the open
-// watches. A watch from a later version is accepted, and gets nothing at all.
-func (f *fakeAPI) restore(version string) {
-	defer lock(&f.mu)()
-	i := slices.IndexFunc(f.history, func(c change) bool { return versionName(c.version) == version })
-	f.history = f.history[:i+1]
-	f.version, f.pods = f.history[i].version, maps.Clone(f.history[i].pods)
-	f.send(nil, breaks)
 }
 
 // bookmark tells the open watches of a version that came from changes elsewhere.
 func (f *fakeAPI) bookmark() string {
 	defer lock(&f.mu)()
 	f.version++
-	f.send(bookmarkFrame(f.version), goesOn)
+	f.send(bookmarkFrame(f.version), nil)
 	return versionName(f.version)
 }
 
@@ -495,10 +450,9 @@ func (f *fakeAPI) push(text string, end ending) {
 
 func (f *fakeAPI) send(data []byte, end ending) {
 	for _, s := range f.open {
-		s.data = append(s.data, data...)
-		s.end = map[ending]error{ends: io.EOF, breaks: io.ErrUnexpectedEOF}[end]
+		s.data, s.end = append(s.data, data...), end
 	}
-	if end != goesOn {
+	if end != nil {
 		f.open = nil
 	}
 	close(f.changed)
@@ -541,9 +495,9 @@ func (f *fakeAPI) untilThawed(ctx context.Context) error {
 }
 
 // nextFault takes the fault that a request meets, if any. The lock is held.
-func (f *fakeAPI) nextFault(verb, namespace string) (next fault) {
-	isMet := func(next fault) bool { return next.verb == verb || next.verb == verb+" "+namespace }
-	if i := slices.IndexFunc(f.faults, isMet); i >= 0 {
+func (f *fakeAPI) nextFault(verb string) (next fault) {
+	i := slices.IndexFunc(f.faults, func(next fault) bool { return strings.HasPrefix(verb, next.verb) })
+	if i >= 0 {
 		next = f.faults[i]
 		if f.faults[i].times--; f.faults[i].times == 0 {
 			f.faults = slices.Delete(f.faults, i, i+1)
@@ -555,7 +509,8 @@ func (f *fakeAPI) nextFault(verb, namespace string) (next fault) {
 // asked returns the requests of a verb so far.
 func (f *fakeAPI) asked(verb string) []fakeRequest {
 	defer lock(&f.mu)()
-	return slices.DeleteFunc(slices.Clone(f.requests), func(r fakeRequest) bool { return r.verb != verb })
+	isOther := func(r fakeRequest) bool { return !strings.HasPrefix(r.verb, verb) }
+	return slices.DeleteFunc(slices.Clone(f.requests), isOther)
 }
 
 // The two requests that there are, each as a line.
@@ -568,23 +523,24 @@ var (
 )
 
 // check returns what a request asks for. Any other path, parameter or format fails the test.
-func (f *fakeAPI) check(r *http.Request) (verb, namespace string) {
+func (f *fakeAPI) check(r *http.Request) (verb string) {
 	line := fmt.Sprintf("%s %s?%s %s %s", r.Method, r.URL.Path, r.URL.Query().Encode(),
 		r.Header["Accept"], r.Header["Content-Type"])
 	if post := isPost.FindStringSubmatch(line); post != nil {
-		return "post", post[1]
+		return "post " + post[1]
 	} else if isWatch.MatchString(line) {
-		return "watch", ""
+		return "watch"
 	}
 	f.t.Errorf("the fake does not know this request: %s", line)
-	return "", ""
+	return ""
 }
 
 func (f *fakeAPI) RoundTrip(r *http.Request) (*http.Response, error) {
-	verb, namespace := f.check(r)
+	verb, query := f.check(r), r.URL.Query()
 	f.mu.Lock()
-	f.requests = append(f.requests, fakeRequest{time.Now(), verb, namespace, r.URL.Query(), r.ProtoMajor})
-	met, isStorm := f.nextFault(verb, namespace), len(f.requests) > 20_000
+	from, limit := query.Get("resourceVersion"), query.Get("timeoutSeconds")
+	f.requests = append(f.requests, fakeRequest{time.Now(), verb, from, limit})
+	met, isStorm := f.nextFault(verb), len(f.requests) > 20_000
 	isKnown := r.Header.Get("Authorization") == "Bearer "+f.token
 	f.mu.Unlock()
 	if isStorm { // in a bubble a loop that does not wait would never end
@@ -594,25 +550,27 @@ func (f *fakeAPI) RoundTrip(r *http.Request) (*http.Response, error) {
 	if sleep(r.Context(), met.hangs); f.untilThawed(r.Context()) != nil {
 		return nil, r.Context().Err()
 	}
-	if met.isDone {
-		f.create(r)
-	}
 	switch {
 	case met.err != nil:
 		return nil, met.err
 	case met.code != 0:
 		response := answer(met.code, []byte(met.body))
 		if met.body == "" && met.code != 200 {
-			response = refusal(met.code, "so the test wants it")
+			// Its digits differ each time, as those of a port do.
+			response = refusal(met.code, "so the test wants it, after "+limit)
 		}
 		response.Header.Set("Retry-After", met.retryAfter)
 		return response, nil
 	case !isKnown || verb == "":
 		return refusal(401, "Unauthorized"), nil
 	case verb == "watch":
-		return f.watch(r), nil
+		return f.watch(r, from, limit), nil
 	}
-	return f.create(r), nil
+	event := fields{}
+	must(f.t, json.NewDecoder(r.Body).Decode(&event))
+	defer lock(&f.mu)()
+	f.events = append(f.events, event)
+	return answer(201, nil), nil
 }
 
 func answer(code int, body []byte) *http.Response {
@@ -622,13 +580,12 @@ func answer(code int, body []byte) *http.Response {
 func refusal(code int, why string) *http.Response { return answer(code, toJSON(status(code, why))) }
 
 // watch begins with what has changed since a version, or from 0 with all pods as ADDED: by their names, so
-// that their versions come in no order. If the store is behind the version, nothing comes at all.
-func (f *fakeAPI) watch(r *http.Request) *http.Response {
+// that their versions come in no order.
+func (f *fakeAPI) watch(r *http.Request, version, seconds string) *http.Response {
 	defer lock(&f.mu)()
-	query := r.URL.Query()
-	version, from := query.Get("resourceVersion"), 0
+	from := 0
 	fmt.Sscanf(version, "v%d", &from)
-	limit, _ := time.ParseDuration(query.Get("timeoutSeconds") + "s")
+	limit, _ := time.ParseDuration(seconds + "s")
 	s := &stream{fakeAPI: f, ctx: r.Context(), tick: time.Tick(f.bookmarkEvery), limit: time.After(limit)}
 	switch {
 	case version == anyVersion:
@@ -640,15 +597,11 @@ func (f *fakeAPI) watch(r *http.Request) *http.Response {
 	case from < f.compacted:
 		return refusal(410, "too old resource version")
 	default:
-		for _, c := range f.history {
-			if c.version > from {
-				s.data = append(s.data, c.data...)
-			}
+		for version := from + 1; version <= f.version; version++ {
+			s.data = append(s.data, f.history[version]...)
 		}
 	}
-	if from <= f.version {
-		f.open = append(f.open, s)
-	}
+	f.open = append(f.open, s)
 	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(s)}
 }
 
@@ -687,21 +640,6 @@ func (s *stream) Read(data []byte) (n int, err error) {
 	}
 }
 
-// create takes an Event. Another try with it comes later, and is answered 409. The clock, by which Events are
-// named, stands still in a bubble, so those of the same moment are different ones.
-func (f *fakeAPI) create(r *http.Request) *http.Response {
-	defer lock(&f.mu)()
-	var event map[string]any
-	body, _ := io.ReadAll(r.Body)
-	json.Unmarshal(body, &event)
-	if at, isTaken := f.taken[string(body)]; isTaken && !at.Equal(time.Now()) {
-		return refusal(409, "there is an Event of this name")
-	}
-	f.taken[string(body)] = time.Now()
-	f.events = append(f.events, event)
-	return answer(201, body)
-}
-
 type fields = map[string]any
 
 // object is a pod, or with nothing but a version what a BOOKMARK has.
@@ -727,21 +665,12 @@ func errorFrame(code int, why string) []byte   { return watchFrame("ERROR", stat
 // versionName makes a resourceVersion that is no number: it is opaque.
 func versionName(version int) string { return fmt.Sprintf("v%d", version) }
 
-// someCA is any certificate. It is made here because a bubble of time must have no server.
-var someCA = func() []byte {
-	server := httptest.NewTLSServer(nil)
-	defer server.Close()
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
-}()
-
 // ---- The whole ----
 
-// world is a node in a bubble of time. Either the program runs and watches (follows), or the test stands
-// where the watch is, and applies pods as that would (see and lose).
+// world is a node in a bubble of time, on which the program runs.
 type world struct {
 	*testing.T
 	*agent
-	*podWatch // the test's
 	api       *fakeAPI
 	kids      *children
 	proc      *fakeProc
@@ -750,12 +679,11 @@ type world struct {
 	delivered atomic.Int32 // how often the watch said that it delivers
 	looked    int          // Events that were looked at
 	program   sync.WaitGroup
-	ctx       context.Context // the program's
-	end       context.CancelFunc
+	end       context.CancelFunc // of the program
 }
 
-// simulate tells a story in a world whose captures may take the given number of files, 0 for no bound. Then
-// the program is told to end: that takes less than 5 s, and nothing is left.
+// simulate tells a story in a world whose captures may take the given number of files, 0 for no bound. The
+// program has begun to watch. At last it is told to end: that takes less than 5 s, and nothing is left.
 func simulate(t *testing.T, limit int, story func(w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -763,22 +691,21 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 		defer slog.SetDefault(slog.Default())
 		slog.SetDefault(slog.New(slog.NewTextHandler(w.log, nil)))
 		cfg := testConfig(t, w.proc.dir, w.root)
-		cfg.account = w.api.account
-		if limit > 0 {
-			cfg.limit = limit
-		}
+		cfg.account, cfg.limit = w.api.account, cmp.Or(limit, cfg.limit)
 		var err error
 		w.agent, err = newAgent(cfg)
 		must(t, err)
 		w.kids = &children{TB: t, proc: w.proc}
 		w.agent.start, w.agent.ready = w.kids.start, func() { w.delivered.Add(1) }
-		w.agent.api.http.Transport, w.podWatch = w.api, newPodWatch(w.agent)
-		w.ctx, w.end = context.WithCancel(t.Context())
+		w.agent.api.http.Transport = w.api
+		ctx, end := context.WithCancel(t.Context())
+		w.end = end
+		w.program.Go(func() { w.agent.run(ctx) })
+		synctest.Wait()
 		story(w)
 
 		began := time.Now()
 		w.end()
-		time.AfterFunc(exitGrace, w.endPosts)
 		w.program.Wait()
 		w.alive.Wait()
 		is(t, "the program ends within 5 s", time.Since(began) < 5*time.Second, true)
@@ -813,28 +740,33 @@ func podNamed(name, uid, value string) annotated {
 	return annotated{pod{"default", name, uid, uid}, spec{annotated: true, value: value, files: files}}
 }
 
-// follows starts the program, which has begun to watch when this returns, if it can.
-func (w *world) follows() {
-	w.program.Go(func() { w.agent.run(w.ctx) })
+// stored is a pod as the API server has it. An annotation that is "" is not there.
+func (p annotated) stored() fakePod {
+	all := map[string]string{annotation: p.value, filterAnnotation: p.filter, interfaceAnnotation: p.iface}
+	if p.kubeletUID != p.uid {
+		all["kubernetes.io/config.hash"], all["kubernetes.io/config.mirror"] = p.kubeletUID, p.kubeletUID
+	}
+	maps.DeleteFunc(all, func(_, value string) bool { return value == "" })
+	return fakePod{p.namespace, p.name, p.uid, all, 0}
+}
+
+// see has a pod be there or change, and lose has it be deleted. pass lets time pass. All wait until that has
+// had its effect.
+func (w *world) see(p annotated) string { defer synctest.Wait(); return w.api.put(p.stored()) }
+func (w *world) pass(d time.Duration)   { time.Sleep(d); synctest.Wait() }
+
+func (w *world) lose(p annotated) {
+	w.api.mu.Lock()
+	w.api.change("DELETED", p.stored())
+	w.api.mu.Unlock()
 	synctest.Wait()
 }
 
-// see has the watch say that a pod is there or has changed, and lose that it is deleted. pass lets time
-// pass. All wait until that has had its effect.
-func (w *world) see(p annotated)      { w.apply(w.ctx, p.pod, p.spec); synctest.Wait() }
-func (w *world) lose(p annotated)     { w.forget(p.uid); synctest.Wait() }
-func (w *world) pass(d time.Duration) { time.Sleep(d); synctest.Wait() }
-
-type event struct{ kind, reason, message string }
-
-func (e event) String() string { return e.kind + " " + e.reason + ": " + e.message + "\n" }
-
-// news are the Events that were posted since the last call.
-func (w *world) news() (events []event) {
+// news are the Events that were posted since the last call, each as "<kind> <reason>: <message>".
+func (w *world) news() (events []string) {
 	synctest.Wait()
-	for _, body := range w.api.posted()[w.looked:] {
-		text := func(name string) string { return body[name].(string) }
-		events = append(events, event{text("type"), text("reason"), text("message")})
+	for _, e := range w.api.posted()[w.looked:] {
+		events = append(events, fmt.Sprintf("%s %s: %s", e["type"], e["reason"], e["message"]))
 	}
 	w.looked += len(events)
 	return events
@@ -843,12 +775,12 @@ func (w *world) news() (events []event) {
 // told checks the Events since the last call, each by "<kind> <reason>: <words in its message>".
 func (w *world) told(want ...string) {
 	w.Helper()
-	isIt := func(got event, want string) bool {
+	isIt := func(got, want string) bool {
 		what, words, _ := strings.Cut(want, ": ")
-		return got.kind+" "+got.reason == what && strings.Contains(got.message, words)
+		return strings.HasPrefix(got, what+": ") && strings.Contains(got, words)
 	}
 	if got := w.news(); !slices.EqualFunc(got, want, isIt) {
-		w.Errorf("Events:\n%v\nwant:\n%s", got, strings.Join(want, "\n"))
+		w.Errorf("Events:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
@@ -874,9 +806,10 @@ func (w *world) runs(want files) {
 	is(w, "files", namesIn(w, w.root), names)
 }
 
-// expect checks what runs, and which Events came since the last check.
-func (w *world) expect(running files, events ...string) {
+// after lets time pass, and checks what runs then, and which Events came since the last check.
+func (w *world) after(wait time.Duration, running files, events ...string) {
 	w.Helper()
+	w.pass(wait)
 	w.runs(running)
 	w.told(events...)
 }
