@@ -10,12 +10,14 @@
 // /capture-web.pcap4, in the packetcapture container of that node. A changed annotation starts the
 // capture over. When the annotation is removed or the pod is deleted, the capture stops and its files
 // are deleted.
+//
 // Two more annotations say what is captured:
 //
 //	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default: every packet
-//	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default: eth0
+//	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default: eth0,
+//	                                         or any if the pod has the host's network
 //
-// Events on the pod tell what happens, and the folder /captures has a link for each captured pod.
+// Events on the pod say what happens, and the folder /captures has a link for each captured pod.
 // Two commands in the container read a capture:
 //
 //	packetcapture cat default/web    writes its files to stdout as one pcap
@@ -24,7 +26,7 @@
 // The environment configures the program:
 //
 //	NODE_NAME    the node whose pods are captured; required
-//	DISK_LIMIT   bytes of disk that the container may use; default: no limit
+//	DISK_LIMIT   bytes of disk that the container may use, 68371024 or more; default: no limit
 //	DISK_FREE    percent of the disk that captures leave free; default: 15
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
@@ -78,35 +80,40 @@ const (
 	digits         = "0123456789"
 	interfaceChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-" + digits
 
-	// fileBytes is the most that a file takes. tcpdump compares its size with -C 1, 1,000,000 bytes,
-	// before it writes a packet, and that has at most 262,144 bytes and a header of 16.
+	// fileBytes is the largest size of a file. tcpdump begins the next file at 1,000,000 bytes (-C 1),
+	// but only checks before it writes a packet, which takes up to 262,144 bytes and a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
-	// logBytes is the part of DISK_LIMIT for the container's log: the kubelet keeps 5 times 10 MiB.
+	// logBytes is the part of DISK_LIMIT that is kept for the container's log: the kubelet keeps 5
+	// files of 10 MiB, and the rest is a margin.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The worst filter compiles in 0.15 s; one of 4,096 bytes takes 9 s.
+	// maxFilter is in bytes. The watch waits while tcpdump compiles a filter: 0.15 s for the worst one
+	// of this length, 9 s for one of 4,096 bytes.
 	maxFilter = 1024
 
-	// birthPoll is how often a capture looks for its pod's network, about 100 ms after which the first
-	// container starts. After birthTime it looks every second.
+	// birthPoll is how often a capture looks for its pod's network. The first container starts about
+	// 100 ms after the network is there. After birthTime a capture looks once a second.
 	birthPoll = 25 * time.Millisecond
 	birthTime = 5 * time.Minute
-	// waitingTime is how long a capture waits before it says so. Most pods have started by then, and
-	// the captures of deleted pods have stopped.
+	// waitingTime is how long a capture waits before an Event says so. By then most pods have started,
+	// and the captures of deleted pods have stopped.
 	waitingTime = 3 * time.Second
-	// ringDelay is how long tcpdump goes on when its pod has ended: it reads its ring once a second.
+	// ringDelay is how long tcpdump runs on after its pod has ended. It reads its ring once a second,
+	// so the pod's last packets are still written.
 	ringDelay = 3 * time.Second
-	// termGrace is the time from SIGTERM to SIGKILL, and exitGrace that for the end of the program, which
-	// may take 5 s.
+	// termGrace is the time between the SIGTERM and the SIGKILL that end a tcpdump. exitGrace is how
+	// long the program may take to end: a little less than the 5 s after which it is killed itself.
 	termGrace = 2 * time.Second
 	exitGrace = 4500 * time.Millisecond
-	// An Event is tried for eventTime, and up to eventQueue of a namespace may wait.
+	// eventTime is how long an Event is retried. eventQueue is how many Events may wait per namespace.
 	eventTime  = 10 * time.Minute
 	eventQueue = 1000
 )
 
 var (
-	requestBackoff = backoff{800 * time.Millisecond, 15 * time.Second}  // client-go's, up to 30 s
-	tcpdumpBackoff = backoff{200 * time.Millisecond, 150 * time.Second} // the kubelet's, up to 5 minutes
+	// A pause is random, between the current minimum and twice that. The longest pauses are thus 30 s,
+	// as in client-go, and 5 minutes, as in the kubelet.
+	requestBackoff = backoff{800 * time.Millisecond, 15 * time.Second}
+	tcpdumpBackoff = backoff{200 * time.Millisecond, 150 * time.Second}
 
 	errFull     = errors.New("the disk is full: the last packets of the files may be cut")
 	errReplaced = errors.New("its annotations have changed")
@@ -153,7 +160,7 @@ type config struct {
 	diskFree                        int64  // percent to leave free
 }
 
-// readConfig returns an error that names all that is missing or wrong.
+// readConfig reads the environment. Its error names everything that is missing or wrong.
 func readConfig(getenv func(string) string) (cfg config, err error) {
 	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
 		if getenv(name) == "" {
@@ -186,18 +193,27 @@ type agent struct {
 	config
 	api     *client
 	cgroups *cgroups
-	alive   sync.WaitGroup // of captures and of the posting of Events
-	ready   func()         // called when the watch delivers
-	start   func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
+	// alive counts the goroutines that capture and that post Events.
+	alive sync.WaitGroup
+	// ready makes the readiness probe succeed. The watch calls it with each event.
+	ready func()
+	// start is the function start. Tests replace it.
+	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 
-	room  sync.Mutex      // guards what each capture has of the disk, and these
-	taken int             // files that captures have room for
-	stems map[string]bool // the paths of their files
+	// roomLock guards taken and stems, and each capture's stem and files.
+	roomLock sync.Mutex
+	// taken is the sum of the captures' files.
+	taken int
+	// stems has the stem of each capture that has room.
+	stems map[string]bool
 
-	posts    context.Context // of all requests that post Events; endPosts ends it
+	// posts is the context of the requests that post Events. endPosts ends it.
+	posts    context.Context
 	endPosts context.CancelFunc
-	queued   sync.Mutex          // guards what each capture has told, and
-	queues   map[string][]func() // what posts its Events, by namespace
+	// queueLock guards queues and each capture's told.
+	queueLock sync.Mutex
+	// queues holds the Events to post, by namespace. A namespace is in it while a goroutine posts them.
+	queues map[string][]func()
 }
 
 func newAgent(cfg config) (*agent, error) {
@@ -208,12 +224,12 @@ func newAgent(cfg config) (*agent, error) {
 	}
 	// A container starts with fresh files: the folder is there only if another program has made it.
 	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
-		return nil, fmt.Errorf("another packetcapture runs in this container: %w", err)
+		return nil, fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
 	}
 	a := &agent{config: cfg, api: newClient(cfg.url, cfg.account), cgroups: groups, start: start,
 		stems: map[string]bool{}, queues: map[string][]func(){}}
 	a.posts, a.endPosts = context.WithCancel(context.Background())
-	// The readiness probe only connects. Without the timeout idle connections would pile up.
+	// The readiness probe only connects. ReadTimeout closes its connections, which would pile up.
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
 	a.ready = sync.OnceFunc(func() {
 		go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
@@ -221,8 +237,8 @@ func newAgent(cfg config) (*agent, error) {
 	return a, nil
 }
 
-// run captures until ctx ends. Then all captures end side by side and the last Events are posted, and
-// exitGrace later it returns in any case, whatever a tcpdump or the API server does.
+// run captures until ctx ends. Then all captures end at the same time and the last Events are posted.
+// It returns after exitGrace at the latest, whatever a tcpdump or the API server does.
 func (a *agent) run(ctx context.Context) {
 	defer a.endPosts()
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
@@ -237,26 +253,34 @@ func (a *agent) run(ctx context.Context) {
 
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
-// pod is who a pod is.
+// pod identifies a pod.
 type pod struct {
 	namespace, name, uid string
-	kubeletUID           string // in the name of its cgroup: a static pod's is not the API's
+	// kubeletUID is in the name of the pod's cgroup. It differs from uid if the pod is static.
+	kubeletUID string
 }
 
 // spec is what a pod's annotations ask for.
 type spec struct {
-	annotated            bool
-	value, filter, iface string // the annotations
-	files                int    // to rotate through; 0 if value is no number
+	annotated bool
+	// The text of the three annotations.
+	value, filter, iface string
+	// files is value as a number: how many files to rotate through. It is 0 if value is not a number.
+	files int
 }
 
+// podWatch follows the node's pods. One goroutine uses it.
 type podWatch struct {
-	agent     *agent
-	captures  map[string]*capture // by UID: a pod that is recreated under its name is another pod
-	version   string              // the last resourceVersion
-	delivered map[string]bool     // UIDs, by this watch
+	agent *agent
+	// captures is by UID, because a pod that is recreated under the same name is another pod.
+	captures map[string]*capture
+	// version is the resourceVersion of the last event, or anyVersion.
+	version string
+	// delivered has the UIDs of the pods that the current watch has delivered.
+	delivered map[string]bool
 	retry     backoff
-	complaint string // the last error, without digits; "" when all is well
+	// complaint is the last error without its digits. It is "" when all is well.
+	complaint string
 }
 
 // follow keeps a watch open until ctx ends. A broken watch never stops a capture.
@@ -266,12 +290,13 @@ func (w *podWatch) follow(ctx context.Context) {
 		err := w.watch(ctx)
 		switch isGone := asStatus(err).Code == http.StatusGone; {
 		case isGone && version != anyVersion, err == nil && w.version == version:
-			// Begin anew: the server has no history since our version. Or a whole watch has not moved it, not
-			// even by a bookmark: the server may be behind it, after a restore of etcd.
+			// Start over: the server no longer has the history since our version. Or a whole watch did not
+			// advance it, not even by a bookmark: after a restore of etcd the server may be behind it.
 			w.version = anyVersion
-		case err == nil, ctx.Err() != nil: // after the time limit watch again at once
+		case err == nil, ctx.Err() != nil:
+			// After its time limit, a watch is continued at once.
 		default:
-			// Digits do not count: the text may contain a port, which differs each time.
+			// The same error is logged once. Digits are ignored: a port in its text differs each time.
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 			if complaint != w.complaint {
 				w.complaint = complaint
@@ -282,8 +307,8 @@ func (w *podWatch) follow(ctx context.Context) {
 	}
 }
 
-// watch applies events until the stream ends, and returns nil if that was its time limit: 5 to 10
-// minutes, so that the nodes' watches spread. It asks for metadata alone: a pod's rest is larger.
+// watch applies events until the stream ends. It returns nil if that was its time limit, 5 to 10
+// minutes at random, so that the nodes' watches do not end together. It requests only metadata.
 func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -302,7 +327,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 	for decoder := json.NewDecoder(body); err == nil; {
 		err = w.next(ctx, decoder)
 	}
-	// A server that accepts watches and closes them at once must not be asked without end.
+	// If a server accepts watches and closes them at once, that is an error, and the pauses grow.
 	if w.version != version || time.Since(began) >= time.Second {
 		w.retry = requestBackoff
 		if err == io.EOF {
@@ -313,10 +338,12 @@ func (w *podWatch) watch(ctx context.Context) error {
 }
 
 // next applies one event of the watch. A watch from anyVersion begins with all pods as ADDED, in any
-// order. The first other event, a bookmark within a minute, says that these were all: captures of pods
-// that did not come are stopped, and from then on a watch can go on from the last event's version.
+// order. The first event of another type, at the latest a bookmark after a minute, shows that this list
+// is complete. Captures of pods that were not in it are then stopped, and from then on a broken watch
+// can continue from the version of its last event.
 func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
-	var e struct { // a new one each time: decoding leaves alone what an event does not have
+	// It is new for each event, because Decode keeps the old value of a field that an event lacks.
+	var e struct {
 		Type   string
 		Object object
 	}
@@ -372,12 +399,13 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	c.last = asked
 	if c.valid == asked {
 		c.tell("Normal", "CaptureContinued",
-			"The annotations are valid again, and the capture went on as it was")
+			"The annotations are valid again, and the capture is as it was")
 		return
 	}
 	refusal := w.refusal(ctx, c, asked)
 	switch {
-	case ctx.Err() != nil: // it may have ended the check of a filter
+	case ctx.Err() != nil:
+		// The program ends, which may have interrupted the check of the filter.
 	case refusal != "" && c.valid.annotated:
 		c.tell("Warning", "CaptureInvalid", "%s; what was asked for before goes on as it was", refusal)
 	case refusal != "":
@@ -397,8 +425,8 @@ func (w *podWatch) forget(uid string) {
 	delete(w.captures, uid)
 }
 
-// refusal says why annotations are invalid, and what is accepted. It is "" if they are valid: then the
-// capture's room, if it has any, is enough for them.
+// refusal says why annotations are invalid, and what is accepted. If they are valid, it returns "", and
+// a capture that has room has been given enough of it for the new number of files.
 func (w *podWatch) refusal(ctx context.Context, c *capture, asked spec) string {
 	refuse := func(annotation, value, accepted string, a ...any) string {
 		accepted = fmt.Sprintf(accepted, a...)
@@ -428,8 +456,8 @@ func (w *podWatch) refusal(ctx context.Context, c *capture, asked spec) string {
 	return ""
 }
 
-// compile has tcpdump compile a filter, and returns its complaint. It runs in an empty network
-// namespace, where a name can't be looked up: no filter may make DNS queries leave the cluster.
+// compile lets tcpdump compile a filter and returns its error. tcpdump runs in an empty network
+// namespace, where it can't look up names: a filter must not be able to send DNS queries.
 func (w *podWatch) compile(ctx context.Context, p pod, asked spec) error {
 	if asked.filter == "" {
 		return nil
@@ -447,22 +475,29 @@ func (w *podWatch) compile(ctx context.Context, p pod, asked spec) error {
 
 // ---- A capture, from its start to its last file ----
 
-// capture is the capture of a pod. Each change of the annotations has a goroutine, one after the other.
+// capture is a pod's capture. Each valid change of the annotations starts a goroutine, which runs live.
 type capture struct {
 	agent *agent
 	pod   pod
-	// The watch uses these.
-	last, valid spec // the last annotations, and the last valid ones
+
+	// The watch uses these: the last annotations, the last valid ones, and what stops their goroutine.
+	last, valid spec
 	stop        context.CancelCauseFunc
-	// The goroutine that has the turn uses these.
-	turn     chan struct{}
+
+	// turn lets one goroutine work at a time. One that was replaced before its turn does nothing.
+	turn chan struct{}
+	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
+	// counts is what the last tcpdump counted.
 	spec     spec
-	captured bool   // into files that are there
-	counts   string // what tcpdump counted last
-	// The agent's room guards its room, and queued the last message.
-	stem  string // the path of its files without digits; "" while it has no room
-	files int    // that it has room for
-	told  string
+	captured bool
+	counts   string
+
+	// agent.roomLock guards these: the path of the files without their digits, which is "" while the
+	// capture has no room, and the number of files that it has room for.
+	stem  string
+	files int
+	// told is the last message. agent.queueLock guards it.
+	told string
 }
 
 // live captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
@@ -471,12 +506,9 @@ func (c *capture) live(ctx context.Context, asked spec) {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
 	c.spec = asked
-	if ctx.Err() == nil {
-		c.giveRoom(asked.files) // the files of before are deleted
-	}
 	defer func() {
 		if c.clear(); context.Cause(ctx) != errReplaced {
-			c.giveRoom(0)
+			c.giveRoom()
 		}
 	}()
 
@@ -487,21 +519,25 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		}
 		began := time.Now()
 		err := c.runTcpdump(ctx, s)
-		// A run of more than a minute was a success, so the pauses begin small again.
+		// After a run of more than a minute the pauses begin small again.
 		if time.Since(began) > time.Minute {
 			retry = tcpdumpBackoff
 		}
-		// If the network is gone, await tells it, and if there is a new one, it is captured at once.
-		now, _ := c.agent.cgroups.find(c.pod, s)
-		if ctx.Err() == nil && (now.network == s.network || err == errFull) {
+		// If the network is gone, await reports it. A new one is captured without a pause.
+		switch found, hasNetwork := c.agent.cgroups.find(c.pod, s); {
+		case ctx.Err() != nil:
+		case err == errFull || found.network == s.network:
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
+		case hasNetwork && c.captured:
+			c.tell("Normal", "CaptureStopped",
+				"Stopped: %s; the pod's new network is captured from now on", c.counts)
 		}
 	}
 }
 
 // await returns the pod's network once nothing is missing for a capture, and false if ctx ends first.
-// What has been missing for a while, it tells once.
+// An Event names what has been missing for waitingTime, once.
 func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
 	told := ""
 	for began := time.Now(); ctx.Err() == nil; {
@@ -534,25 +570,27 @@ func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
 }
 
 // look returns the pod's network, and what is missing for a capture: "<what>: <why>", or "" if nothing
-// is. last is the network that it returned before.
+// is. last is the network that it returned before. A capture that waits holds no room.
 func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	s, ok := c.agent.cgroups.find(c.pod, last)
-	if !ok && !c.captured { // it may have room from before a change
-		c.clear()
-		c.giveRoom(0)
-	}
-	if !ok {
-		return s, "the pod's network: it does not run yet, or has ended"
-	}
-	// tcpdump takes "2" for the second interface, and has devices that are none, such as nflog.
 	device := s.device(c.spec)
-	if device != "any" && !slices.Contains(s.interfaces, device) {
-		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
+	switch {
+	case !ok:
+		missing = "the pod's network: it does not run yet, or has ended"
+	// tcpdump would take "2" for the second interface, and nflog, which is none, for a device.
+	case device != "any" && !slices.Contains(s.interfaces, device):
+		missing = "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
+	default:
+		missing = c.takeRoom()
 	}
-	return s, c.takeRoom()
+	if missing != "" && !c.captured {
+		c.clear()
+		c.giveRoom()
+	}
+	return s, missing
 }
 
-// clear deletes the files, which no tcpdump writes any more.
+// clear deletes the files. No tcpdump may be writing to them.
 func (c *capture) clear() {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
@@ -566,7 +604,7 @@ func (c *capture) clear() {
 	c.captured = false
 }
 
-// tellStarted tells that tcpdump captures. What is not as usual makes it a Warning.
+// tellStarted reports that tcpdump captures. Anything unusual makes the Event a Warning.
 func (c *capture) tellStarted(s sandbox, warning string) {
 	kind, more := "Normal", ""
 	if c.spec.filter != "" {
@@ -621,9 +659,10 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 // tcpdump does not end, an Event says so.
 func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
-	for ; running.Err() == nil; sleep(running, time.Second) {
+	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
 		now, ok := c.agent.cgroups.find(c.pod, s)
-		if !ok { // while a pod of CRI-O crashes, only tcpdump itself is in its network
+		// When a container of CRI-O crashes, tcpdump may be the only process in the pod's network.
+		if !ok {
 			now, ok = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: strconv.Itoa(pid)})
 		}
 		if ok {
@@ -644,11 +683,12 @@ func (c *capture) oversee(running, ended context.Context, stop func(error), s sa
 	}
 }
 
-// arguments are tcpdump's. The command live reads them in /proc and takes over those behind the path.
+// arguments returns tcpdump's arguments. findTcpdump reads those after the path in /proc.
 func (c *capture) arguments(device string) []string {
 	// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet
-	// as it comes. With -Z root it may create the next file in /, which the user tcpdump may not. -p keeps
-	// to the pod's own packets. -B 4096 is a ring of 4 MiB, for a tcpdump that is held up: make measure.
+	// as it arrives. -Z root keeps the right to create files in /, which the user tcpdump does not
+	// have. -p turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4
+	// MiB, so that a tcpdump that is held up loses nothing (see make measure).
 	arguments := []string{"-C", "1", "-W", strconv.Itoa(c.spec.files), "-w", c.stem,
 		"-U", "-Z", "root", "-p", "-i", device, "-B", "4096"}
 	if c.spec.filter != "" {
@@ -657,15 +697,15 @@ func (c *capture) arguments(device string) []string {
 	return arguments
 }
 
-// process is a tcpdump that runs. Its stderr must be read to the end, and then wait be called.
+// process is a running tcpdump. read must be called once, and tcpdump has ended when it returns.
 type process struct {
 	pid    int
 	stderr io.Reader
 	wait   func() error
 }
 
-// start starts tcpdump in a network, or in an empty one if that is nil. nsenter executes tcpdump in its
-// place, so the PID is tcpdump's. When ctx ends, it gets SIGTERM, and after termGrace SIGKILL.
+// start starts tcpdump in a network, or in a new, empty one if network is nil. nsenter replaces itself
+// with tcpdump, so pid is tcpdump's. When ctx ends, it gets SIGTERM, and after termGrace SIGKILL.
 func start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
 	enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
@@ -686,8 +726,8 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 	return &process{cmd.Process.Pid, stderr, cmd.Wait}, nil
 }
 
-// read reads what tcpdump says until it ends. It calls listening when tcpdump captures, with its first
-// warning. It returns what tcpdump counted at its end, and the last complaint or else the exit status.
+// read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
+// with the first warning or "". It returns the final counts, and the last complaint or the exit status.
 func (p *process) read(listening func(warning string)) (counts string, err error) {
 	var counted []string
 	warning, complaint := "", ""
@@ -720,13 +760,12 @@ func (c *capture) link() string {
 	return filepath.Join(c.agent.root, "captures", c.pod.namespace+"_"+c.pod.name)
 }
 
-// takeRoom gives a capture its stem, its link and room for its files, or returns what is missing. If a
-// pod of another namespace has the same name, a part of the UID follows the name, after a "_" that no
-// name has.
+// takeRoom gives a capture its stem, its link and room for its files, or returns what is missing. If
+// another namespace's pod has the stem, "_" and a part of the UID make it unique: no name has a "_".
 func (c *capture) takeRoom() (missing string) {
 	a, n := c.agent, c.spec.files
-	a.room.Lock()
-	defer a.room.Unlock()
+	a.roomLock.Lock()
+	defer a.roomLock.Unlock()
 	switch free := c.free(); {
 	case a.isFull():
 		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
@@ -750,11 +789,11 @@ func (c *capture) takeRoom() (missing string) {
 	return ""
 }
 
-// reserveRoom enlarges a capture's room to n files, if it has room, before those that it has are deleted.
-// It returns how many files are free for it. If they are too few, it does nothing.
+// reserveRoom enlarges the room of a capture that has some to n files, while the old files still exist.
+// It returns how many files the capture may have. If that is less than n, it changes nothing.
 func (c *capture) reserveRoom(n int) (free int) {
-	c.agent.room.Lock()
-	defer c.agent.room.Unlock()
+	c.agent.roomLock.Lock()
+	defer c.agent.roomLock.Unlock()
 	if c.stem == "" {
 		return c.agent.limit // it will wait for its room
 	}
@@ -764,16 +803,16 @@ func (c *capture) reserveRoom(n int) (free int) {
 	return free
 }
 
-// giveRoom takes back what a capture has beyond room for n files. Without room it has no name.
-func (c *capture) giveRoom(n int) {
-	c.agent.room.Lock()
-	defer c.agent.room.Unlock()
-	if n == 0 && c.stem != "" {
+// giveRoom gives back a capture's room, its stem and its link.
+func (c *capture) giveRoom() {
+	c.agent.roomLock.Lock()
+	defer c.agent.roomLock.Unlock()
+	if c.stem != "" {
 		os.Remove(c.link())
 		delete(c.agent.stems, c.stem)
 		c.stem = ""
 	}
-	c.setRoom(min(c.files, n))
+	c.setRoom(0)
 }
 
 // free is how many files a capture may have.
@@ -781,8 +820,8 @@ func (c *capture) free() int { return c.agent.limit - c.agent.taken + c.files }
 
 func (c *capture) setRoom(n int) { c.agent.taken, c.files = c.agent.taken+n-c.files, n }
 
-// isFull reports whether less is free than captures leave free, or than one file takes. On a full disk
-// tcpdump would go on, and cut its files without a word.
+// isFull reports whether the free disk space is below diskFree, or too small for one file. On a full
+// disk tcpdump would go on and truncate its files without an error.
 func (a *agent) isFull() bool {
 	var stat syscall.Statfs_t
 	err := syscall.Statfs(a.root, &stat)
@@ -790,7 +829,8 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// fileNames names a capture's files as tcpdump does: one has no digits, more have as many as n-1.
+// fileNames names a capture's files as tcpdump does. A single file has no digits; with more, each has
+// as many digits as n-1.
 func fileNames(stem string, n int) string {
 	if n == 1 {
 		return stem
@@ -799,8 +839,8 @@ func fileNames(stem string, n int) string {
 	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
 }
 
-// findFiles returns the paths of a capture's files, the one written first coming first, and how many
-// bytes they have. The files of web are never those of web-2, or of a pod that is named web.pcap0.
+// findFiles returns the paths of a capture's files, the least recently written first, and their size in
+// bytes. The files of web are never those of web-2, or of a pod that is named web.pcap0.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
@@ -818,7 +858,7 @@ func findFiles(stem string) (paths []string, size int64) {
 
 // ---- A pod's cgroup, its processes and its network ----
 
-// cgroups is the kernel's tree of cgroups, which knows whether a pod is on the node, and its processes.
+// cgroups is the kernel's tree of cgroups. It shows whether a pod is on the node, and its processes.
 type cgroups struct {
 	proc    string
 	tree    string   // its root; with cgroup v1 the root of one of its hierarchies
@@ -831,16 +871,18 @@ type cgroups struct {
 
 // sandbox is a pod's network, and a process that is in it.
 type sandbox struct {
-	network, pid string // "net:[4026532281]" names a namespace as long as it lives
+	// network is "net:[4026532281]", say, which names a namespace as long as it exists.
+	network, pid string
 	isHost       bool
-	standard     string // the interface that is captured unless an annotation names one
-	interfaces   []string
+	// standard is the device that is captured unless an annotation names one.
+	standard   string
+	interfaces []string
 }
 
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
-// newCgroups finds kubepods, which is a level deeper in kind. cgroup v1 has it in each hierarchy: those
-// of systemd and pids have the fewest files to look through.
+// newCgroups finds the cgroup kubepods, which is a level deeper in kind. cgroup v1 has one in each
+// hierarchy; those of systemd and pids have the fewest files to walk through.
 func newCgroups(proc string) (g *cgroups, err error) {
 	g = &cgroups{proc: proc}
 	if g.hostNet, err = os.Readlink(proc + "/1/ns/net"); err != nil {
@@ -883,8 +925,8 @@ func (g *cgroups) of(p pod) string {
 	return ""
 }
 
-// find returns the network of a pod: that of the oldest process, since containers may make networks of
-// their own. As long as last's process is in it, nothing has changed.
+// find returns a pod's network: that of its oldest process, since containers may create networks of
+// their own. As long as last.pid is still in last.network, it returns that one.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	cgroup := g.of(p)
 	if cgroup == "" {
@@ -909,9 +951,9 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	return s, ok
 }
 
-// sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has one of
-// its own without interfaces. A process in the host's network that has the host's files as well belongs
-// to the runtime, and has not entered the pod's network yet.
+// sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has a
+// network of its own, without eth0. A process in the host's network with the host's root directory
+// belongs to the runtime and has not entered the pod's network yet.
 func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 	dir := filepath.Join(g.proc, pid)
 	network, err := os.Readlink(dir + "/ns/net")
@@ -933,8 +975,8 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 	return s, err == nil && hostErr == nil && !os.SameFile(files, hosts)
 }
 
-// open opens a network, whose file the caller closes. The process that it was found by may have ended
-// since, and its PID be another pod's: its name tells whether it is still the one.
+// open opens a network; the caller closes the file. The process in s may have ended and its PID may be
+// another pod's by now, so the name of the opened network is compared.
 func (g *cgroups) open(s sandbox) (*os.File, error) {
 	file, err := os.Open(filepath.Join(g.proc, s.pid, "ns/net"))
 	if err != nil {
@@ -947,8 +989,8 @@ func (g *cgroups) open(s sandbox) (*os.File, error) {
 	return file, nil
 }
 
-// straysOf returns the cgroups of a pod's containers that are not below the pod's: a runtime that makes
-// them itself takes the path of a slice, which the kubelet has systemd make, for a plain name.
+// straysOf returns the cgroups of a pod's containers that are outside the pod's cgroup. They exist
+// where the kubelet uses the systemd driver and the runtime takes the slice's path for a plain name.
 func (g *cgroups) straysOf(cgroup string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -963,13 +1005,19 @@ func (g *cgroups) straysOf(cgroup string) []string {
 }
 
 // processesIn returns the processes in a cgroup and below.
-func processesIn(cgroup string) (pids []string) {
-	filepath.WalkDir(cgroup, func(path string, entry fs.DirEntry, err error) error {
-		if err == nil && entry.IsDir() {
-			pids = append(pids, strings.Fields(readFile(path+"/cgroup.procs"))...)
+func processesIn(cgroup string) []string {
+	pids := strings.Fields(readFile(cgroup + "/cgroup.procs"))
+	// A folder has two links and one for each folder in it, so one with two need not be read.
+	var stat syscall.Stat_t
+	if syscall.Stat(cgroup, &stat); stat.Nlink == 2 {
+		return pids
+	}
+	below, _ := os.ReadDir(cgroup)
+	for _, entry := range below {
+		if entry.IsDir() {
+			pids = append(pids, processesIn(cgroup+"/"+entry.Name())...)
 		}
-		return nil
-	})
+	}
 	return pids
 }
 
@@ -986,12 +1034,12 @@ func (g *cgroups) startTime(pid string) uint64 {
 
 // ---- Events ----
 
-// tell writes a line of the log and has an Event posted, unless that would say the same again. It never
-// waits.
+// tell logs a message and queues an Event with it, unless it equals the capture's last one. It never
+// waits for the API server.
 func (c *capture) tell(kind, reason, format string, values ...any) {
 	a, namespace := c.agent, c.pod.namespace
-	a.queued.Lock()
-	defer a.queued.Unlock()
+	a.queueLock.Lock()
+	defer a.queueLock.Unlock()
 	message := fmt.Sprintf(format, values...)
 	if message == c.told {
 		return
@@ -1014,24 +1062,24 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	}
 }
 
-// postAll posts a namespace's Events in their order. No namespace's webhook holds up another's.
+// postAll posts a namespace's Events in order. A namespace with a slow webhook delays its own alone.
 func (a *agent) postAll(namespace string) {
-	a.queued.Lock()
-	defer a.queued.Unlock()
+	a.queueLock.Lock()
+	defer a.queueLock.Unlock()
 	for queue := a.queues[namespace]; len(queue) > 0; queue = a.queues[namespace] {
 		a.queues[namespace] = queue[1:]
-		a.queued.Unlock()
+		a.queueLock.Unlock()
 		queue[0]()
-		a.queued.Lock()
+		a.queueLock.Lock()
 	}
 	delete(a.queues, namespace)
 }
 
-// post tries to post an Event until it is there, or never will be.
+// post posts an Event. It retries until the Event is there, can't be posted, or is too old.
 func (a *agent) post(p pod, kind, reason, message string, at time.Time) {
 	type fields = map[string]any
 	second := at.UTC().Format(time.RFC3339)
-	// Times have seconds alone: by their names kubectl lists those of a second in their order.
+	// Event times are in whole seconds. By their names kubectl lists those of a second in order.
 	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
 	body, _ := json.Marshal(fields{ // strings never fail
@@ -1053,7 +1101,7 @@ func (a *agent) post(p pod, kind, reason, message string, at time.Time) {
 		switch code := asStatus(err).Code; {
 		case code == http.StatusConflict: // an earlier try has posted it
 			return
-		// 401, 429 and 5xx pass. 403, say, does not, in a namespace that is being deleted.
+		// 401, 429 and 5xx may pass. Others do not, such as 403 in a namespace that is being deleted.
 		case code > 0 && code < 500 && code != 401 && code != 429,
 			time.Since(at) >= eventTime, a.posts.Err() != nil:
 			slog.Warn("an Event is not posted", "namespace", p.namespace, "pod", p.name, "error", err)
@@ -1076,8 +1124,8 @@ type object struct {
 func (o *object) pod() (p pod, asked spec) {
 	m := &o.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup is named after its config.hash. A user can add that to a pod, with another
-	// pod's UID, but not config.mirror.
+	// A static pod's cgroup is named after its config.hash. A user may add config.hash to another pod,
+	// with any UID, but can't add config.mirror.
 	hash := m.Annotations["kubernetes.io/config.hash"]
 	if hash != "" && hash == m.Annotations["kubernetes.io/config.mirror"] {
 		p.kubeletUID = hash
@@ -1089,7 +1137,7 @@ func (o *object) pod() (p pod, asked spec) {
 	return p, asked
 }
 
-// client speaks to the API server as the service account, for several goroutines.
+// client sends requests to the API server as the service account. Goroutines may share it.
 type client struct {
 	url, account string
 	roots        atomic.Pointer[x509.CertPool] // of the last CA bundle that could be read
@@ -1098,15 +1146,15 @@ type client struct {
 
 func newClient(url, account string) *client {
 	c := &client{url: url, account: account}
-	// There is no Proxy: the service address must never go through HTTPS_PROXY. A DialTLSContext turns
-	// HTTP/2 off, and with it the pings that notice a half-open connection, unless it is forced.
+	// Proxy is not set, because requests must not go through HTTPS_PROXY. Without ForceAttemptHTTP2 a
+	// DialTLSContext disables HTTP/2, and with it the pings that detect a half-open connection.
 	c.http.Transport = &http.Transport{DialTLSContext: c.dial, ForceAttemptHTTP2: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
 			MaxReceiveBufferPerStream: 256 << 10}} // no more of an answer than is read soon
 	return c
 }
 
-// dial reads the CA bundle each time, since it may be replaced. One that can't be read keeps the last.
+// dial reads the CA bundle each time, since it may be replaced. An unreadable one keeps the last.
 func (c *client) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	roots := x509.NewCertPool()
 	if roots.AppendCertsFromPEM([]byte(readFile(c.account + "/ca.crt"))) {
@@ -1171,19 +1219,17 @@ func asStatus(err error) statusError {
 
 // ---- cat and live: what reads a capture ----
 
-// findCapture returns the stem of the capture of a pod, which is named <namespace>/<pod>.
+// findCapture returns the stem of a pod's capture. name is <namespace>/<pod>.
 func findCapture(root, name string) (stem string, err error) {
+	folder := filepath.Join(root, "captures")
 	namespace, pod, _ := strings.Cut(name, "/")
-	stem, err = os.Readlink(filepath.Join(root, "captures", namespace+"_"+pod))
+	stem, err = os.Readlink(filepath.Join(folder, namespace+"_"+pod))
 	if err == nil && !strings.Contains(pod, "/") {
 		return stem, nil
 	}
-	var all []string
-	links, _ := os.ReadDir(filepath.Join(root, "captures"))
-	for _, link := range links {
-		all = append(all, strings.Replace(link.Name(), "_", "/", 1))
-	}
-	return "", fmt.Errorf("%q is not captured here: accepted is <namespace>/<pod>, of %q", cut(name), all)
+	all, _ := fs.Glob(os.DirFS(folder), "*") // no name has a "_" but the one between the two
+	return "", fmt.Errorf("%q is not captured here: accepted is <namespace>/<pod>, of %s",
+		cut(name), strings.ReplaceAll(fmt.Sprintf("%q", all), "_", "/"))
 }
 
 const (
@@ -1191,15 +1237,16 @@ const (
 	packetHeader = 16 // and of a packet's: seconds, fraction, captured length, length; of 4 bytes each
 )
 
-// cat writes the files of a capture as one pcap, the oldest one first. It says on stderr how much that
-// was: kubectl exec cuts a stream to a slow reader, and exits with 0.
+// cat writes the files of a capture as one pcap, the oldest one first. It prints to stderr how much it
+// wrote, because kubectl exec may cut off a slow reader and still exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
 		return err
 	}
 	paths, _ := findFiles(stem)
-	heads := map[string][]byte{} // the header and that of the first packet
+	// These are each file's header and its first packet's header. If they change, it was overwritten.
+	heads := map[string][]byte{}
 	paths = slices.DeleteFunc(paths, func(path string) bool {
 		file, _ := os.Open(path)
 		defer file.Close()
@@ -1243,9 +1290,9 @@ func countPackets(data []byte) (count, end int) {
 	return count, end
 }
 
-// liveView writes packets of a capture to stdout as they come, with a second tcpdump in the same network.
-// It ends when the capture's tcpdump ends, and when stdin does: nothing else tells a process that
-// kubectl exec has started that its kubectl has gone.
+// liveView writes a capture's packets to stdout as they arrive, from a second tcpdump in the same
+// network. It ends when the capture's tcpdump ends, or when stdin does: that is the only sign that the
+// kubectl exec that started it has gone.
 func liveView(ctx context.Context, root, name string) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
@@ -1267,10 +1314,12 @@ func liveView(ctx context.Context, root, name string) error {
 		stop(nil)
 	}()
 
+	counts := ""
 	tcpdump, err := start(ctx, network, append([]string{"--immediate-mode", "-w", "-"}, shared...)...)
 	if err == nil {
-		_, err = tcpdump.read(func(string) {})
+		counts, err = tcpdump.read(func(string) {})
 	}
+	fmt.Fprintln(os.Stderr, counts) // packets may have been dropped
 	if cause := context.Cause(ctx); cause != context.Canceled {
 		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
 	}
@@ -1280,7 +1329,7 @@ func liveView(ctx context.Context, root, name string) error {
 
 // findTcpdump finds the tcpdump that writes a capture's files, by its arguments. It must be in this
 // container, because a process of another pod may have the same ones. It returns the process, its open
-// network, and its arguments behind the path.
+// network, and its arguments after the path.
 func findTcpdump(stem string) (tcpdump *os.Process, network *os.File, shared []string) {
 	own, _ := os.Readlink("/proc/self/ns/mnt")
 	dirs, _ := filepath.Glob("/proc/[1-9]*")
@@ -1299,15 +1348,15 @@ func findTcpdump(stem string) (tcpdump *os.Process, network *os.File, shared []s
 	return nil, nil, nil
 }
 
-// isAlive reports whether a process has not ended, even if its PID is another's by now.
+// isAlive reports whether a process still runs. A process that has reused its PID does not count.
 func isAlive(process *os.Process) bool { return process.Signal(syscall.Signal(0)) == nil }
 
 // ---- Helpers ----
 
-// backoff is the least pause after the next failure. It doubles each time, up to most.
+// backoff holds the shortest next pause, which doubles with each failure, up to most.
 type backoff struct{ pause, most time.Duration }
 
-// next adds jitter, so that nodes do not retry in step, and what the API server asks for.
+// next returns a pause with jitter, so that nodes do not retry in step, plus the server's Retry-After.
 func (b *backoff) next(err error) time.Duration {
 	wait := b.pause + rand.N(b.pause)
 	b.pause = min(2*b.pause, b.most)
@@ -1321,7 +1370,7 @@ func sleep(ctx context.Context, wait time.Duration) {
 	}
 }
 
-// cut shortens a text of somebody else's, and shows that it did.
+// cut shortens a text that comes from outside, and marks the cut with "…".
 func cut(text string) string {
 	if runes := []rune(text); len(runes) > 128 {
 		return string(runes[:128]) + "…"
@@ -1329,7 +1378,7 @@ func cut(text string) string {
 	return text
 }
 
-// readFile returns a file's text, "" if it can't be read: a process may have ended.
+// readFile returns a file's text, or "" if it can't be read, for example since its process has ended.
 func readFile(path string) string {
 	text, _ := os.ReadFile(path)
 	return string(text)
