@@ -167,9 +167,9 @@ running_as=$(field "$identity")
 own=$(field '{range .status.podIPs[*]} or host {.ip}{end}')
 own=${own# or } # a filter for the packets of all the pod's addresses
 
-captures=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName=$node,status.phase=Running" -o jsonpath='{.items[*].metadata.name}')
-[[ $captures && $captures != *' '* ]] || fail "The node $node should run one packetcapture pod, but runs: ${captures:-none}."
-capture=$captures
+capture=$(timeout --foreground $((60 * slow)) make -s where "POD=$pod" NAMESPACE=default) ||
+  fail "make where did not find the packetcapture pod of $pod."
+capture=${capture#pod/}
 elsewhere=$(kubectl get pods -n kube-system -l app=packetcapture --field-selector "spec.nodeName!=$node" -o jsonpath='{.items[*].metadata.name}')
 reader=${elsewhere%% *} reader=${reader:-$capture}
 
