@@ -365,12 +365,14 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	w.agent.ready()
 
 	w.delivered[uid] = true
-	if w.version == anyVersion && e.Type == "ADDED" {
-		return nil
-	}
-	for uid := range w.captures {
-		if w.version == anyVersion && !w.delivered[uid] {
-			w.forget(uid)
+	if w.version == anyVersion {
+		if e.Type == "ADDED" {
+			return nil
+		}
+		for uid := range w.captures {
+			if !w.delivered[uid] {
+				w.forget(uid)
+			}
 		}
 	}
 	if w.version != version && w.complaint != "" {
@@ -620,8 +622,6 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
 		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
-	// From now on tcpdump may write packets. If it is killed, it can't say how many.
-	c.captured, c.counts = true, "an unknown number of packets captured"
 }
 
 // ---- tcpdump: one run of it ----
@@ -646,6 +646,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	counts, err := tcpdump.read(func(warning string) {
 		if ctx.Err() == nil {
 			c.tellStarted(s, warning)
+			// From now on tcpdump may write packets. If it is killed, it can't say how many.
+			c.captured, c.counts = true, "an unknown number of packets captured"
 		}
 	})
 	c.counts = cmp.Or(counts, c.counts)
@@ -1319,11 +1321,11 @@ func liveView(ctx context.Context, root, name string) error {
 	if err == nil {
 		counts, err = tcpdump.read(func(string) {})
 	}
-	fmt.Fprintln(os.Stderr, counts) // packets may have been dropped
 	if cause := context.Cause(ctx); cause != context.Canceled {
 		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
 	}
-	fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended.")
+	// tcpdump drops packets in a flood.
+	fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended. In this view:", counts)
 	return nil
 }
 

@@ -458,7 +458,12 @@ func TestFinishedPod(t *testing.T) {
 		w.keptAfter(10*time.Minute, counted+gone)
 		w.proc.joins(51, "new")
 		w.after(time.Second, files{"web": 3}, again)
-		w.finishes(51, web)
+		for i, net := range []string{"newer", "newest"} {
+			w.proc.end(51 + i)
+			w.proc.joins(52+i, net)
+			w.after(time.Second, files{"web": 3}, counted+"; the pod's new network is captured from now on", again)
+		}
+		w.finishes(53, web)
 		w.pass(waitingTime - time.Second)
 		w.lose(web)
 		w.after(0, nil, counted+"; its files (300 bytes) are deleted")
