@@ -42,7 +42,6 @@ type realNode struct {
 }
 
 func newRealNode(t *testing.T, diskFree int64) *realNode {
-	t.Helper()
 	needTools(t)
 	t.Parallel()
 
@@ -66,7 +65,6 @@ func newRealNode(t *testing.T, diskFree int64) *realNode {
 			is(t, fmt.Sprintf("kind of %q", e["message"]), e["type"], any("Normal"))
 		}
 	})
-	t.Cleanup(n.end)
 	return n
 }
 
@@ -160,11 +158,12 @@ func (l *link) finish() {
 		for i in {1..300}; do ip -n $1 link show net0 || exit 0; sleep 0.1; done; exit 1`, l.pod, l.peer, l.cgroup)
 }
 
-// see has the watch say that the pod is there, or has changed.
-func (l *link) see(value, filter, iface string) {
-	p := podNamed(l.name, l.uid, value)
-	p.filter, p.iface = filter, iface
+// see has the watch say that the pod is there, or has changed, and waits for what is told of that.
+func (l *link) see(asked spec, reason, words string) {
+	l.Helper()
+	p := podNamed(l.name, l.uid, asked.value).filtered(asked.filter).on(asked.iface)
 	l.apply(l.ctx, p.pod, p.spec)
+	l.told(reason, words)
 }
 
 // say sends UDP packets from one of the networks, numbered from first to last, of 1.4 kB each.
@@ -212,15 +211,12 @@ func (l *link) pid() int {
 func TestTcpdump(t *testing.T) {
 	n := newRealNode(t, 0)
 	web, db := n.newLink("web"), n.newLink("db")
-	web.see("1", "", "")
-	n.told("CaptureStarted", "the interface is eth0")
-	db.see("11", "", "")
-	n.told("CaptureStarted", "capture-db.pcap00")
+	web.see(spec{value: "1"}, "CaptureStarted", "the interface is eth0")
+	db.see(spec{value: "11"}, "CaptureStarted", "capture-db.pcap00")
 	web.say(web.pod, "out", 4000, 1, 20)
 	db.say(db.pod, "other", 4000, 1, 20)
 	web.say(web.peer, "in", 4000, 1, 20)
 	web.holds("", 1, 20, "out", "in")
-	db.holds("00", 1, 20, "other")
 
 	must(t, syscall.Kill(web.pid(), syscall.SIGKILL))
 	n.told("CaptureFailed", "tcpdump ended by itself (signal: killed); it is tried again")
@@ -228,94 +224,83 @@ func TestTcpdump(t *testing.T) {
 	web.say(web.pod, "again", 4000, 1, 20)
 	web.holds("", 1, 20, "again")
 
-	other := db.pid()
 	web.finish()
 	n.told("CaptureStopped", "20 packets captured, 0 dropped by the kernel; the pod's network is gone, the files (")
 	web.holds("", 1, 20, "again")
 	n.forget(web.uid)
 	n.told("CaptureStopped", "are deleted")
 	is(t, "files", namesIn(t, n.root), []string{"capture-db.pcap00"})
-	is(t, "PID of the other tcpdump", db.pid(), other)
+	db.say(db.pod, "other", 4000, 21, 40)
+	db.holds("00", 1, 40, "other") // its tcpdump goes on, and has not begun again
 }
 
 // A file of more than 1 MB is followed by the next one, and the last one by the first.
 func TestRotation(t *testing.T) {
-	n := newRealNode(t, 0)
-	web := n.newLink("web")
-	web.see("2", "", "")
-	n.told("CaptureStarted", "2 files")
+	web := newRealNode(t, 0).newLink("web")
+	web.see(spec{value: "2"}, "CaptureStarted", "2 files")
 	web.say(web.pod, "big", 4000, 1001, 2800) // 2.6 MB
-	n.until("file 0 is written again", func() bool { return slices.Contains(web.packets("0"), "<big-2800>") })
+	web.until("file 0 is written again", func() bool { return slices.Contains(web.packets("0"), "<big-2800>") })
 	first, last := web.packets("0"), web.packets("1")
 	is(t, "file 1 goes on in file 0", first[0] > slices.Max(last) && len(first)+len(last) < 1800, true)
 	size := len(readFile(web.stem + "1"))
 	is(t, fmt.Sprintf("%d bytes are a full file", size), size >= 1_000_000 && size <= fileBytes, true)
-	is(t, "files", namesIn(t, n.root), []string{"capture-web.pcap0", "capture-web.pcap1"})
+	is(t, "files", namesIn(t, web.root), []string{"capture-web.pcap0", "capture-web.pcap1"})
 }
 
 // A filter that tcpdump refuses is told, and nothing starts. One that it takes is nothing but a filter.
 // A mistake leaves alone what runs. A filter that the kernel refuses works in tcpdump, and is told. No
 // filter that is accepted takes tcpdump long, or much memory.
 func TestFilter(t *testing.T) {
-	n := newRealNode(t, 0)
-	web, evil := n.newLink("web"), n.root+"/evil"
+	web := newRealNode(t, 0).newLink("web")
+	evil := web.root + "/evil"
 	for _, filter := range []string{"udp prot 4001", "-w " + evil, "--version", "$(touch " + evil + ")",
 		"'`touch " + evil + "`", "“tcp port 80”", "tcp port http-that-is-none", "host name.invalid"} {
-		web.see("1", filter, "")
-		n.told("CaptureInvalid", "hosts and ports are numbers; tcpdump: ")
+		web.see(spec{value: "1", filter: filter}, "CaptureInvalid", "hosts and ports are numbers; tcpdump: ")
 	}
-	is(t, "files", namesIn(t, n.root), nil)
-	web.see("1", "udp port 4001", "")
-	n.told("CaptureStarted", `the filter is "udp port 4001"`)
+	is(t, "files", namesIn(t, web.root), nil)
+	web.see(spec{value: "1", filter: "udp port 4001"}, "CaptureStarted", `the filter is "udp port 4001"`)
 	for i := range 3 {
 		web.say(web.pod, "not", 4000, 3*i, 3*i+2)
 		web.say(web.pod, "this", 4001, i, i)
 	}
 	web.holds("", 0, 2, "this")
 
-	pid := web.pid()
-	web.see("1", "ether host 02:00:00:00:00:09", "any") // eth0 could have it
-	n.told("CaptureInvalid", "goes on as it was")
+	mistake := spec{value: "1", filter: "ether host 02:00:00:00:00:09", iface: "any"} // eth0 could have it
+	web.see(mistake, "CaptureInvalid", "goes on as it was")
 	web.say(web.pod, "this", 4001, 3, 3)
-	web.holds("", 0, 3, "this")
-	is(t, "PID after a mistake", web.pid(), pid)
-	web.see("1", "outbound and (ip protochain 17)", "")
-	n.told("CaptureStarted", "Kernel filter failed")
+	web.holds("", 0, 3, "this") // none is lost: tcpdump has not begun again
+	web.see(spec{value: "1", filter: "outbound and (ip protochain 17)"}, "CaptureStarted", "Kernel filter failed")
 
 	worst := "portrange 1-2" // of many kinds this one takes the most
 	for i := 2; len(worst)+len(" or portrange 99-100") <= maxFilter; i++ {
 		worst += fmt.Sprintf(" or portrange %d-%d", i, i+1)
 	}
-	n.bash(`ulimit -v 65536 -t 1; exec tcpdump -y EN10MB -d -- "$0"`, worst) // KiB, seconds
-	web.see("1", worst, "")
-	n.told("CaptureStarted", "portrange")
+	web.bash(`ulimit -v 65536 -t 1; exec tcpdump -y EN10MB -d -- "$0"`, worst) // KiB, seconds
+	web.see(spec{value: "1", filter: worst}, "CaptureStarted", "portrange")
 }
 
 // The interface that is asked for is captured, and no other. One that comes later is captured then. On
 // any, a pod's very last packets are in the file.
 func TestInterface(t *testing.T) {
-	n := newRealNode(t, 0)
-	web := n.newLink("web")
-	n.bash("ip -n $0 link set lo up", web.pod)
-	web.see("1", "", "lo")
-	n.told("CaptureStarted", "the interface is lo")
+	web := newRealNode(t, 0).newLink("web")
+	web.bash("ip -n $0 link set lo up", web.pod)
+	web.see(spec{value: "1", iface: "lo"}, "CaptureStarted", "the interface is lo")
 	web.say(web.pod, "out", 4000, 1, 3)
-	n.bash("nsenter --net=/run/netns/$0 bash -c 'echo >/dev/udp/127.0.0.1/4000'", web.pod)
-	n.until("a packet of lo is there", func() bool { return len(web.packets("")) > 0 })
+	web.bash("nsenter --net=/run/netns/$0 bash -c 'echo >/dev/udp/127.0.0.1/4000'", web.pod)
+	web.until("a packet of lo is there", func() bool { return len(web.packets("")) > 0 })
 	is(t, "the first packet", web.packets("")[0], "other")
 
-	web.see("1", "", "2") // tcpdump takes 2 for eth0
-	n.told("CaptureWaiting", "Waiting for the interface 2: the pod has lo, eth0, net0")
-	n.bash("ip -n $0 link add 2 up type veth", web.pod)
-	n.told("CaptureStarted", "the interface is 2")
-	n.bash("ip -n $0 link delete 2", web.pod)
-	n.told("CaptureFailed", "tcpdump ended by itself (")
+	// tcpdump takes 2 for eth0.
+	web.see(spec{value: "1", iface: "2"}, "CaptureWaiting", "the interface 2: the pod has lo, eth0, net0")
+	web.bash("ip -n $0 link add 2 up type veth", web.pod)
+	web.told("CaptureStarted", "the interface is 2")
+	web.bash("ip -n $0 link delete 2", web.pod)
+	web.told("CaptureFailed", "tcpdump ended by itself (")
 
-	web.see("1", "", "any")
-	n.told("CaptureStarted", "the interface is any")
+	web.see(spec{value: "1", iface: "any"}, "CaptureStarted", "the interface is any")
 	web.say(web.pod, "last", 4000, 1, 40)
 	web.finish()
-	n.told("CaptureStopped", "the pod's network is gone, the files (")
+	web.told("CaptureStopped", "the pod's network is gone, the files (")
 	web.holds("", 1, 40, "last")
 }
 
@@ -345,23 +330,21 @@ func TestStartWithoutNetwork(t *testing.T) {
 func TestFullDisk(t *testing.T) {
 	for diskFree, size := range map[int64]int{0: 1, 50: 6} { // percent, MiB
 		t.Run(fmt.Sprintf("DISK_FREE=%d", diskFree), func(t *testing.T) {
-			n := newRealNode(t, diskFree)
-			web := n.newLink("web")
-			n.bash(`mount -t tmpfs -o size=$1m tmpfs $0; mkdir $0/captures
-				head -c $(($1 * 600000)) /dev/zero >$0/big`, n.root, strconv.Itoa(size))
-			t.Cleanup(func() { syscall.Unmount(n.root, syscall.MNT_DETACH) })
-			web.see("1", "", "")
-			n.told("CaptureWaiting", "Waiting for disk space: ")
-			n.bash("mount -o remount,size=$1m $0", n.root, strconv.Itoa(2*size+1))
-			n.told("CaptureStarted", "")
+			web := newRealNode(t, diskFree).newLink("web")
+			web.bash(`mount -t tmpfs -o size=$1m tmpfs $0; mkdir $0/captures
+				head -c $(($1 * 600000)) /dev/zero >$0/big`, web.root, strconv.Itoa(size))
+			t.Cleanup(func() { syscall.Unmount(web.root, syscall.MNT_DETACH) })
+			web.see(spec{value: "1"}, "CaptureWaiting", "Waiting for disk space: ")
+			web.bash("mount -o remount,size=$1m $0", web.root, strconv.Itoa(2*size+1))
+			web.told("CaptureStarted", "")
 			web.say(web.pod, "kept", 4000, 1, 20)
 			web.holds("", 1, 20, "kept")
-			n.bash("cat /dev/zero >$0/big || true", n.root)
-			n.told("CaptureFailed", "disk is full")
+			web.bash("cat /dev/zero >$0/big || true", web.root)
+			web.told("CaptureFailed", "disk is full")
 			web.holds("", 1, 20, "kept")
 			is(t, "PID", web.pid(), 0)
-			n.bash("rm $0/big", n.root)
-			n.told("CaptureStarted", "began again at the first file")
+			web.bash("rm $0/big", web.root)
+			web.told("CaptureStarted", "began again at the first file")
 		})
 	}
 }
@@ -369,35 +352,33 @@ func TestFullDisk(t *testing.T) {
 // A live view is a second tcpdump with the capture's filter, which ends with its stdin and with the
 // capture. A tcpdump of another container is not the capture's, whatever its arguments are.
 func TestLive(t *testing.T) {
-	n := newRealNode(t, 0)
-	web := n.newLink("web")
+	web := newRealNode(t, 0).newLink("web")
 	for way, isOurs := range map[string]bool{"unshare --mount": false, "env": true} {
 		const script = ` bash -c 'exec -a tcpdump bash -c "read; true" x -w "$0" -p' $0`
 		imitation := exec.Command("bash", "-c", "exec "+way+script, web.stem)
 		stdin, err := imitation.StdinPipe()
 		must(t, err, imitation.Start())
-		n.until("it looks like tcpdump", func() bool { return web.pid() != 0 })
+		web.until("it looks like tcpdump", func() bool { return web.pid() != 0 })
 		stat, _, _ := findTcpdump(web.stem)
 		is(t, "it is taken for the capture's by "+way, stat != nil, isOurs)
 		must(t, stdin.Close(), imitation.Wait())
 	}
-	web.see("1", "udp port 4001", "")
-	n.told("CaptureStarted", "")
+	web.see(spec{value: "1", filter: "udp port 4001"}, "CaptureStarted", "")
 	for _, isStopped := range []bool{false, true} {
 		stdout, err := os.Create(t.TempDir() + "/live.pcap")
 		must(t, err)
 		cmd := exec.Command(os.Args[0])
 		var said strings.Builder
-		cmd.Env, cmd.Stdout, cmd.Stderr = append(os.Environ(), "TEST_LIVE="+n.root), stdout, &said
+		cmd.Env, cmd.Stdout, cmd.Stderr = append(os.Environ(), "TEST_LIVE="+web.root), stdout, &said
 		stdin, err := cmd.StdinPipe()
 		must(t, err, cmd.Start())
-		n.until("it listens", func() bool { return readFile(stdout.Name()) != "" })
+		web.until("it listens", func() bool { return readFile(stdout.Name()) != "" })
 		web.say(web.pod, "not", 4000, 1, 3)
 		web.say(web.pod, "this", 4001, 1, 1)
-		n.until("a packet comes", func() bool { return packetText.MatchString(readFile(stdout.Name())) })
+		web.until("a packet comes", func() bool { return packetText.MatchString(readFile(stdout.Name())) })
 		is(t, "the packet", packetText.FindString(readFile(stdout.Name())), "<this-1>")
 		if isStopped {
-			n.forget(web.uid)
+			web.forget(web.uid)
 		} else {
 			must(t, stdin.Close())
 		}
