@@ -70,9 +70,10 @@ type walkPod struct {
 	annotated
 	isDeleted, isAlive bool
 	// number is its place in walker.pods, from 1. pid is that of its last process, 100 times that and a bit,
-	// and net the network of that.
+	// and net the network of that, which isNew since the last quiet point, in place of another.
 	number, pid int
 	net         string
+	isNew       bool
 	// asked are the valid requests that the program may have seen since the last quiet point.
 	asked []spec
 
@@ -293,8 +294,7 @@ func (w *walker) named(namespace, name string) *walkPod {
 	return p
 }
 
-// annotate annotates a pod as before but for one annotation at most. Now and then that is a mistake, and
-// changes nothing.
+// annotate changes one annotation of a pod at most. Now and then that is a mistake, and changes nothing.
 func (w *walker) annotate(p *walkPod) {
 	r := pick(w, p.asked)
 	switch w.random.IntN(6) {
@@ -329,8 +329,7 @@ func (w *walker) ask(p *walkPod, r spec) {
 	w.api.put(p.stored())
 }
 
-// remove deletes a pod. Its process ends before, or at the next quiet point. Another pod may take its place
-// at once.
+// remove deletes a pod. Its process ends before, or at the next quiet point. Another may take its place.
 func (w *walker) remove(p *walkPod) {
 	p.isDeleted = true
 	if w.chance(2) {
@@ -349,7 +348,7 @@ func (w *walker) bear(p *walkPod) {
 	}
 	if p.pid++; p.net == "" || w.chance(3) {
 		p.disturb()
-		p.net = strconv.Itoa(p.pid)
+		p.net, p.isNew = strconv.Itoa(p.pid), p.net != ""
 	}
 	p.isAlive = true
 	w.proc.add(fakeProcess{pid: p.pid, cgroup: cgroupOf(p.uid), net: p.net, root: p.uid, born: p.pid})
@@ -434,7 +433,8 @@ func (w *walker) quiet() {
 		if p.isDeleted || w.chance(8) {
 			w.vanish(p, "finishes")
 		}
-		if !p.isDeleted && w.chance(2) {
+		// If a pod has crashed at once in a new network, the program need not know that until it runs again.
+		if !p.isDeleted && (w.chance(2) || p.isNew) {
 			w.bear(p)
 		}
 		if !p.isDeleted && p.spec != p.want() {
@@ -467,7 +467,7 @@ func (w *walker) quiet() {
 		if p.asked, p.child = w.may(p), living[p.number]; p.child != nil {
 			p.asked = []spec{requestOf(p.child)}
 		}
-		p.hasRoom = p.child != nil || p.hasFiles
+		p.hasRoom, p.isNew = p.child != nil || p.hasFiles, false
 	}
 }
 
@@ -522,9 +522,8 @@ func (w *walker) verdict() error {
 		}
 		last, _ := w.told.Load(p.uid)
 		if !isRight || p.namespace != w.hanging && !slices.Contains(reasons, last) {
-			return fmt.Errorf("%s in %q may have %v, and has %s and %q in %q; the last Event is %v; certain is "+
-				"that child %v goes on, files %v, room %v", p, p.net, may, has, own, link, last,
-				p.child != nil, p.hasFiles, p.hasRoom)
+			return fmt.Errorf("%s in %q may have %v, has %s, %q in %q; told %v; certain: child %v, files %v, room %v",
+				p, p.net, may, has, own, link, last, p.child != nil, p.hasFiles, p.hasRoom)
 		}
 		delete(living, p.number)
 	}
@@ -558,8 +557,7 @@ func fuzzed(t testing.TB, server transport) *podWatch {
 	return newPodWatch(a)
 }
 
-// FuzzAnnotations: what is accepted is a plain number, a line of text and a name. What is refused is told in
-// a bounded line of text.
+// FuzzAnnotations: accepted is a plain number, a line of text and a name. A refusal is a bounded line of text.
 func FuzzAnnotations(f *testing.F) {
 	for _, text := range []string{"1", "100", "101", "", "0", "-1", "+1", "01", " 1", "5abc", "1e3", "1_0", "٣",
 		"\x00", "\xff", " udp\n", "host é", "a\nb", "\u2028", strings.Repeat("é", 512), strings.Repeat("é", 513),
