@@ -38,7 +38,6 @@ func lock(mu *sync.Mutex) (unlock func()) {
 	return mu.Unlock
 }
 
-// is checks a value.
 func is[T any](t testing.TB, what string, got, want T) {
 	t.Helper()
 	if !reflect.DeepEqual(got, want) {
@@ -46,7 +45,6 @@ func is[T any](t testing.TB, what string, got, want T) {
 	}
 }
 
-// must ends the test on any error.
 func must(t testing.TB, errs ...error) {
 	t.Helper()
 	if err := errors.Join(errs...); err != nil {
@@ -93,27 +91,22 @@ type fakeProcess struct {
 func newProc(t testing.TB) *fakeProc {
 	p := &fakeProc{TB: t, dir: t.TempDir()}
 	p.interfaces(host, "lo", "ens3")
-	p.grow("", "/kubepods.slice/kubepods-burstable.slice", "/system.slice")
+	p.make("/kubepods.slice/kubepods-burstable.slice")
 	p.add(fakeProcess{pid: 1, net: host, root: host, born: 1})
 	return p
 }
 
-// grow makes the tree of cgroups anew, with some cgroups and no process. Of cgroup v1 a hierarchy is named.
-func (p *fakeProc) grow(hierarchy string, cgroups ...string) {
-	p.hierarchy = hierarchy
-	must(p, os.RemoveAll(filepath.Dir(p.tree(""))))
-	for _, cgroup := range append(cgroups, "") {
-		p.make(cgroup)
-	}
-}
-
-// tree is where a cgroup's folder is.
+// tree is where a cgroup's folder is. make makes it, and those above. regrow begins another, empty tree.
 func (p *fakeProc) tree(cgroup string) string {
 	return filepath.Join(p.dir, "root-"+host, "sys/fs/cgroup", p.hierarchy, cgroup)
 }
 
-// make makes a cgroup, and those above it.
 func (p *fakeProc) make(cgroup string) { must(p, os.MkdirAll(p.tree(cgroup), 0o755)) }
+
+func (p *fakeProc) regrow(hierarchy string) {
+	must(p, os.RemoveAll(filepath.Dir(p.tree(""))))
+	p.hierarchy = hierarchy
+}
 
 // write writes a file at once, like the kernel.
 func (p *fakeProc) write(path, text string) {
@@ -148,10 +141,12 @@ func (p *fakeProc) add(ps fakeProcess) {
 	}
 }
 
-// pod starts the process that holds a pod's network, in a container's cgroup below the pod's.
-func (p *fakeProc) pod(pid int, uid string) {
-	p.add(fakeProcess{pid: pid, cgroup: cgroupOf(uid), net: uid, root: uid, born: pid})
+// joins starts a process of a pod in a network. pod starts the one that holds the pod's own network.
+func (p *fakeProc) joins(pid int, uid, net string) {
+	p.add(fakeProcess{pid: pid, cgroup: cgroupOf(uid), net: net, root: uid, born: pid})
 }
+
+func (p *fakeProc) pod(pid int, uid string) { p.joins(pid, uid, uid) }
 
 // end ends a process. Its cgroup stays until gone, as that of a pod does until the kubelet removes it.
 func (p *fakeProc) end(pid int) {
@@ -182,17 +177,15 @@ func cgroupOf(uid string) string {
 
 // behaviour is how children act. The zero one listens, and ends at once when it is told to.
 type behaviour struct {
-	refusal  error         // why none can be started
-	startup  time.Duration // until it listens
-	warning  string        // what it says just before
-	words    string        // what it says instead, and exits with status 1
-	shutdown time.Duration // from SIGTERM to its end
-	deaf     bool          // it ignores SIGTERM
-	immortal bool          // and SIGKILL
-	compile  time.Duration // how long tcpdump -d takes for a filter; it refuses "refused"
+	refusal        error         // why none can be started
+	startup        time.Duration // until it listens
+	warning        string        // what it says just before
+	words          string        // what it says instead, and exits with status 1
+	shutdown       time.Duration // from SIGTERM to its end
+	compile        time.Duration // how long tcpdump -d takes for a filter; it refuses "refused"
+	deaf, immortal bool          // it ignores SIGTERM, and SIGKILL
 }
 
-// children stand in for tcpdump, and watch over what must hold at any time.
 type children struct {
 	testing.TB
 	proc *fakeProc
@@ -208,19 +201,16 @@ type children struct {
 type fakeChild struct {
 	behaviour
 	pid, n    int
-	process   int            // by which its network was found
-	stem      string         // its -w
-	arguments []string       // tcpdump's
-	network   string         // the folder of the network that it found at descriptor 3
-	files     []string       // their names
-	quit      chan lastWords // when it ends
+	process   int      // by which its network was found
+	stem      string   // its -w
+	arguments []string // tcpdump's
+	network   string   // the folder of the network that it found at descriptor 3
+	files     []string // their names
+	ends      sync.Once
+	quit      chan struct{} // is closed when it ends
+	said      string        // at its end
+	status    error
 	gone      atomic.Bool
-}
-
-// lastWords are what a child says at its end, and its exit status.
-type lastWords struct {
-	words string
-	err   error
 }
 
 const closing = "7 packets captured\n9 packets received by filter\n2 packets dropped by kernel\n"
@@ -230,7 +220,6 @@ var (
 	errStatus = exec.Command("sh", "-c", "exit 1").Run()
 )
 
-// start stands in for the function of that name.
 func (k *children) start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
 	defer lock(&k.mu)()
 	if network == nil {
@@ -241,7 +230,7 @@ func (k *children) start(ctx context.Context, network *os.File, arguments ...str
 		return nil, k.next.refusal
 	}
 	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments,
-		network: filepath.Dir(readLink(network.Name())), quit: make(chan lastWords, 10)}
+		network: filepath.Dir(readLink(network.Name())), quit: make(chan struct{})}
 	c.process, _ = strconv.Atoi(filepath.Base(filepath.Dir(filepath.Dir(network.Name()))))
 	c.stem = c.option("-w")
 	c.n, _ = strconv.Atoi(c.option("-W"))
@@ -287,30 +276,27 @@ func begin(pid int, life func(stderr io.Writer) error) *process {
 func (k *children) live(ctx context.Context, c *fakeChild, stderr io.Writer) error {
 	defer c.gone.Store(true)
 	defer k.proc.end(c.pid)
-	startup, told, kill := time.After(c.startup), ctx.Done(), (<-chan time.Time)(nil)
-	for {
-		select {
-		case <-startup:
-			if c.words == "" {
-				io.WriteString(stderr, c.warning+
-					"tcpdump: listening on eth0, link-type EN10MB (Ethernet), snapshot length 262144 bytes\n")
-			} else {
-				c.exit(c.words, errStatus)
-			}
-		case <-told:
-			told, kill = nil, time.After(termGrace)
-			if !c.deaf {
-				time.AfterFunc(c.shutdown, func() { c.exit(closing, nil) })
-			}
-		case <-kill:
-			if !c.immortal {
-				c.exit("", errKilled)
-			}
-		case last := <-c.quit:
-			io.WriteString(stderr, last.words)
-			return last.err
+	context.AfterFunc(ctx, func() {
+		if !c.deaf {
+			time.AfterFunc(c.shutdown, func() { c.exit(closing, nil) })
+		}
+		if !c.immortal {
+			time.AfterFunc(termGrace, func() { c.exit("", errKilled) })
+		}
+	})
+	select {
+	case <-c.quit:
+	case <-time.After(c.startup):
+		if c.words != "" {
+			c.exit(c.words, errStatus)
+		} else {
+			io.WriteString(stderr, c.warning+
+				"tcpdump: listening on eth0, link-type EN10MB (Ethernet), snapshot length 262144 bytes\n")
 		}
 	}
+	<-c.quit
+	io.WriteString(stderr, c.said)
+	return c.status
 }
 
 func (k *children) behave(b behaviour)         { defer lock(&k.mu)(); k.next = b }
@@ -321,17 +307,16 @@ func (c *fakeChild) option(name string) string { return c.arguments[slices.Index
 
 // exit ends a child, by itself or by a signal; the first counts.
 func (c *fakeChild) exit(words string, err error) {
-	select {
-	case c.quit <- lastWords{words, err}:
-	default:
-	}
+	c.ends.Do(func() {
+		c.said, c.status = words, err
+		close(c.quit)
+	})
 }
 
 // ---- The API server ----
 
-// fakeAPI is what packetcapture needs of an API server: a watch of node-1's pods, and Events. Any other
-// request fails the test, which proves what RBAC must allow. It is an http.RoundTripper without any network,
-// which works in a bubble of testing/synctest.
+// fakeAPI is what packetcapture needs of an API server: a watch of node-1's pods, and Events. It works in a
+// bubble, without any network. Any other request fails the test, which proves what RBAC must allow.
 type fakeAPI struct {
 	t             testing.TB
 	account       string        // the service account's folder, with a token that is right
@@ -340,14 +325,13 @@ type fakeAPI struct {
 	mu        sync.Mutex
 	token     string // the one that is accepted
 	version   int    // of the store
-	compacted int    // watches from before are answered 410
-	goneIs200 bool   // and that comes as an ERROR event
+	compacted int    // watches from before are answered 410,
+	goneIs200 bool   // which comes as an ERROR event
 	pods      map[string]fakePod
-	history   map[int][]byte  // what a watch got at each version that a change of a pod made
-	open      []*stream       // the watches, but for those that push has ended
-	changed   chan struct{}   // closed and replaced when they get something
-	frozen    context.Context // nothing is answered until it ends
-	thaw      func()
+	history   map[int][]byte // what a watch got at each version that a change of a pod made
+	open      []*stream      // the watches, but for those that push has ended
+	isFrozen  atomic.Bool
+	changed   *sync.Cond // wakes what waits for any of these
 	faults    []fault
 	requests  []fakeRequest
 	events    []map[string]any // that were posted and taken
@@ -360,19 +344,14 @@ type fakePod struct {
 	version              int
 }
 
-// ending is how the open watches end; they go on if it is nil.
-type ending = error
+type ending = error // of the open watches, which go on if it is nil
 
-var (
-	ends   = io.EOF              // as at the time limit
-	breaks = io.ErrUnexpectedEOF // as when the connection is lost
-)
+var ends, breaks ending = io.EOF, io.ErrUnexpectedEOF // as at the time limit; as when the connection is lost
 
-// fakeRequest is what was asked for: verb is "watch", "post <namespace>", or "" of an unknown one. A watch
-// begins from a version, and has a time limit in seconds.
+// fakeRequest is what was asked for. A watch begins from a version, and has a time limit in seconds.
 type fakeRequest struct {
 	at                time.Time
-	verb, from, limit string
+	verb, from, limit string // verb is "watch" or "post <namespace>"
 }
 
 // fault is what a request meets in place of its answer.
@@ -388,26 +367,22 @@ type fault struct {
 
 func newFakeAPI(t testing.TB) *fakeAPI {
 	f := &fakeAPI{t: t, account: t.TempDir(), token: "token-1", version: 100, pods: map[string]fakePod{},
-		history: map[int][]byte{}, changed: make(chan struct{})}
-	f.frozen, f.thaw = context.WithCancel(context.Background())
-	f.thaw()
+		history: map[int][]byte{}}
+	f.changed = sync.NewCond(&f.mu)
 	f.mount("token", f.token+"\n")
 	return f
 }
 
-// mount writes a file of the service account's folder.
 func (f *fakeAPI) mount(name, text string) {
 	must(f.t, os.WriteFile(filepath.Join(f.account, name), []byte(text), 0o600))
 }
 
-// put stores a pod and returns its version.
 func (f *fakeAPI) put(p fakePod) string {
 	defer lock(&f.mu)()
 	_, exists := f.pods[p.namespace+"/"+p.name]
 	return f.change(map[bool]string{false: "ADDED", true: "MODIFIED"}[exists], p)
 }
 
-// remove deletes a pod, if there is one.
 func (f *fakeAPI) remove(namespace, name string) {
 	defer lock(&f.mu)()
 	if p, exists := f.pods[namespace+"/"+name]; exists {
@@ -434,8 +409,7 @@ func (f *fakeAPI) bookmark() string {
 	return versionName(f.version)
 }
 
-// compact forgets what was: who begins to watch from before now is told 410 Gone, as the answer or as an
-// ERROR event in a 200. Open watches go on, and one from 0 gets the pods that there are.
+// compact forgets what was: a watch from before is told 410 Gone, by the answer or an event. Open ones go on.
 func (f *fakeAPI) compact(goneIs200 bool) {
 	defer lock(&f.mu)()
 	f.version++
@@ -455,58 +429,42 @@ func (f *fakeAPI) send(data []byte, end ending) {
 	if end != nil {
 		f.open = nil
 	}
-	close(f.changed)
-	f.changed = make(chan struct{})
+	f.changed.Broadcast()
 }
 
-// fail has the next requests of a verb meet a fault, after those that it was told of before. Verb is
-// "watch", "post", or "post <namespace>".
+// fail has the next requests of a verb, or of "post <namespace>", meet a fault, after earlier faults.
 func (f *fakeAPI) fail(verb string, next fault) {
 	defer lock(&f.mu)()
 	next.verb = verb
 	f.faults = append(f.faults, next)
 }
 
-// accept has any token but this one answered 401. posted are the Events that were taken. watching is the
-// number of open watches, until one reaches its time limit.
+// accept has any token but this one answered 401. posted are the Events that were taken. watching counts the
+// open watches, until one reaches its time limit. freeze lets nothing through, on these neither, until thaw.
 func (f *fakeAPI) accept(token string)      { defer lock(&f.mu)(); f.token = token }
 func (f *fakeAPI) heal()                    { defer lock(&f.mu)(); f.faults = nil }
 func (f *fakeAPI) posted() []map[string]any { defer lock(&f.mu)(); return slices.Clone(f.events) }
 func (f *fakeAPI) watching() int            { defer lock(&f.mu)(); return len(f.open) }
+func (f *fakeAPI) wake()                    { defer lock(&f.mu)(); f.changed.Broadcast() }
+func (f *fakeAPI) freeze()                  { f.isFrozen.Store(true) }
+func (f *fakeAPI) thaw()                    { f.isFrozen.Store(false); f.wake() }
 
-// freeze lets nothing through, on open watches neither, until thaw.
-func (f *fakeAPI) freeze() {
+// meets takes down a request, and returns the fault that it meets, if any.
+func (f *fakeAPI) meets(asked fakeRequest) (met fault) {
 	defer lock(&f.mu)()
-	if f.frozen.Err() != nil {
-		f.frozen, f.thaw = context.WithCancel(context.Background())
+	if f.requests = append(f.requests, asked); len(f.requests) > 20_000 {
+		panic("more than 20,000 requests") // in a bubble a loop that does not wait would never end
 	}
-}
-
-// untilThawed waits, but not longer than ctx.
-func (f *fakeAPI) untilThawed(ctx context.Context) error {
-	f.mu.Lock()
-	frozen := f.frozen
-	f.mu.Unlock()
-	select {
-	case <-frozen.Done():
-	case <-ctx.Done():
-	}
-	return ctx.Err()
-}
-
-// nextFault takes the fault that a request meets, if any. The lock is held.
-func (f *fakeAPI) nextFault(verb string) (next fault) {
-	i := slices.IndexFunc(f.faults, func(next fault) bool { return strings.HasPrefix(verb, next.verb) })
+	i := slices.IndexFunc(f.faults, func(next fault) bool { return strings.HasPrefix(asked.verb, next.verb) })
 	if i >= 0 {
-		next = f.faults[i]
+		met = f.faults[i]
 		if f.faults[i].times--; f.faults[i].times == 0 {
 			f.faults = slices.Delete(f.faults, i, i+1)
 		}
 	}
-	return next
+	return met
 }
 
-// asked returns the requests of a verb so far.
 func (f *fakeAPI) asked(verb string) []fakeRequest {
 	defer lock(&f.mu)()
 	isOther := func(r fakeRequest) bool { return !strings.HasPrefix(r.verb, verb) }
@@ -518,57 +476,52 @@ var (
 	isPost = regexp.MustCompile(
 		`^POST /api/v1/namespaces/([^/]+)/events\? \[application/json\] \[application/json\]$`)
 	isWatch = regexp.MustCompile(`^GET /api/v1/pods\?allowWatchBookmarks=true&` +
-		`fieldSelector=spec.nodeName%3Dnode-1&resourceVersion=\w+&timeoutSeconds=([345]\d\d|600)&watch=true ` +
+		`fieldSelector=spec.nodeName%3Dnode-1&resourceVersion=(\w+)&timeoutSeconds=([345]\d\d|600)&watch=true ` +
 		`\[application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1\]`)
 )
 
 // check returns what a request asks for. Any other path, parameter or format fails the test.
-func (f *fakeAPI) check(r *http.Request) (verb string) {
+func (f *fakeAPI) check(r *http.Request) fakeRequest {
 	line := fmt.Sprintf("%s %s?%s %s %s", r.Method, r.URL.Path, r.URL.Query().Encode(),
 		r.Header["Accept"], r.Header["Content-Type"])
 	if post := isPost.FindStringSubmatch(line); post != nil {
-		return "post " + post[1]
-	} else if isWatch.MatchString(line) {
-		return "watch"
+		return fakeRequest{at: time.Now(), verb: "post " + post[1]}
+	} else if watch := isWatch.FindStringSubmatch(line); watch != nil {
+		return fakeRequest{time.Now(), "watch", watch[1], watch[2]}
 	}
 	f.t.Errorf("the fake does not know this request: %s", line)
-	return ""
+	return fakeRequest{}
 }
 
 func (f *fakeAPI) RoundTrip(r *http.Request) (*http.Response, error) {
-	verb, query := f.check(r), r.URL.Query()
-	f.mu.Lock()
-	from, limit := query.Get("resourceVersion"), query.Get("timeoutSeconds")
-	f.requests = append(f.requests, fakeRequest{time.Now(), verb, from, limit})
-	met, isStorm := f.nextFault(verb), len(f.requests) > 20_000
-	isKnown := r.Header.Get("Authorization") == "Bearer "+f.token
-	f.mu.Unlock()
-	if isStorm { // in a bubble a loop that does not wait would never end
-		f.t.Errorf("more than 20,000 requests")
-		<-r.Context().Done()
-	}
-	if sleep(r.Context(), met.hangs); f.untilThawed(r.Context()) != nil {
-		return nil, r.Context().Err()
+	asked := f.check(r)
+	met := f.meets(asked)
+	context.AfterFunc(r.Context(), f.wake)
+	sleep(r.Context(), met.hangs)
+	defer lock(&f.mu)()
+	for f.isFrozen.Load() && r.Context().Err() == nil {
+		f.changed.Wait()
 	}
 	switch {
+	case r.Context().Err() != nil:
+		return nil, r.Context().Err()
 	case met.err != nil:
 		return nil, met.err
 	case met.code != 0:
 		response := answer(met.code, []byte(met.body))
 		if met.body == "" && met.code != 200 {
 			// Its digits differ each time, as those of a port do.
-			response = refusal(met.code, "so the test wants it, after "+limit)
+			response = refusal(met.code, "so the test wants it, after "+asked.limit)
 		}
 		response.Header.Set("Retry-After", met.retryAfter)
 		return response, nil
-	case !isKnown || verb == "":
+	case asked.verb == "" || r.Header.Get("Authorization") != "Bearer "+f.token:
 		return refusal(401, "Unauthorized"), nil
-	case verb == "watch":
-		return f.watch(r, from, limit), nil
+	case asked.verb == "watch":
+		return f.watch(r.Context(), asked), nil
 	}
 	event := fields{}
 	must(f.t, json.NewDecoder(r.Body).Decode(&event))
-	defer lock(&f.mu)()
 	f.events = append(f.events, event)
 	return answer(201, nil), nil
 }
@@ -579,16 +532,14 @@ func answer(code int, body []byte) *http.Response {
 
 func refusal(code int, why string) *http.Response { return answer(code, toJSON(status(code, why))) }
 
-// watch begins with what has changed since a version, or from 0 with all pods as ADDED: by their names, so
-// that their versions come in no order.
-func (f *fakeAPI) watch(r *http.Request, version, seconds string) *http.Response {
-	defer lock(&f.mu)()
+// watch begins with what has changed since a version, or with all pods as ADDED, in no order of versions.
+func (f *fakeAPI) watch(ctx context.Context, asked fakeRequest) *http.Response {
 	from := 0
-	fmt.Sscanf(version, "v%d", &from)
-	limit, _ := time.ParseDuration(seconds + "s")
-	s := &stream{fakeAPI: f, ctx: r.Context(), tick: time.Tick(f.bookmarkEvery), limit: time.After(limit)}
+	fmt.Sscanf(asked.from, "v%d", &from)
+	limit, _ := time.ParseDuration(asked.limit + "s")
+	s := &stream{fakeAPI: f, ctx: ctx, until: time.Now().Add(limit)}
 	switch {
-	case version == anyVersion:
+	case asked.from == anyVersion:
 		for _, key := range slices.Sorted(maps.Keys(f.pods)) {
 			s.data = append(s.data, watchFrame("ADDED", f.pods[key].object())...)
 		}
@@ -602,41 +553,41 @@ func (f *fakeAPI) watch(r *http.Request, version, seconds string) *http.Response
 		}
 	}
 	f.open = append(f.open, s)
+	time.AfterFunc(limit, f.wake)
+	if f.bookmarkEvery > 0 {
+		go s.tick()
+	}
 	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(s)}
 }
 
 // stream is the body of an open watch: what is still to be read, and how it ends then.
 type stream struct {
 	*fakeAPI
-	ctx         context.Context
-	limit, tick <-chan time.Time
-	data        []byte
-	end         error
+	ctx   context.Context
+	until time.Time // its time limit
+	data  []byte
+	end   error
 }
 
 func (s *stream) Read(data []byte) (n int, err error) {
-	for {
-		if err := s.untilThawed(s.ctx); err != nil {
-			return 0, err
-		}
-		s.mu.Lock()
-		changed := s.changed
-		if n = copy(data, s.data); n == 0 {
-			err = s.end
-		}
-		s.data = s.data[n:]
-		s.mu.Unlock()
-		if n > 0 || err != nil {
-			return n, err
-		}
-		select {
-		case <-changed:
-		case <-s.tick:
-			s.bookmark()
-		case <-s.limit:
-			return 0, cmp.Or(s.untilThawed(s.ctx), io.EOF)
-		case <-s.ctx.Done():
-		}
+	defer lock(&s.mu)()
+	isIdle := func() bool { return len(s.data) == 0 && s.end == nil && time.Now().Before(s.until) }
+	for s.ctx.Err() == nil && (s.isFrozen.Load() || isIdle()) {
+		s.changed.Wait()
+	}
+	if s.ctx.Err() != nil {
+		return 0, s.ctx.Err()
+	}
+	if n = copy(data, s.data); n == 0 {
+		err = cmp.Or(s.end, io.EOF)
+	}
+	s.data = s.data[n:]
+	return n, err
+}
+
+func (s *stream) tick() {
+	for sleep(s.ctx, s.bookmarkEvery); s.ctx.Err() == nil; sleep(s.ctx, s.bookmarkEvery) {
+		s.bookmark()
 	}
 }
 
@@ -675,7 +626,7 @@ type world struct {
 	kids      *children
 	proc      *fakeProc
 	root      string
-	log       *bytes.Buffer
+	log       bytes.Buffer
 	delivered atomic.Int32 // how often the watch said that it delivers
 	looked    int          // Events that were looked at
 	program   sync.WaitGroup
@@ -685,22 +636,19 @@ type world struct {
 // simulate tells a story in a world whose captures may take the given number of files, 0 for no bound. The
 // program has begun to watch. At last it is told to end: that takes less than 5 s, and nothing is left.
 func simulate(t *testing.T, limit int, story func(w *world)) {
-	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{T: t, api: newFakeAPI(t), proc: newProc(t), root: t.TempDir(), log: &bytes.Buffer{}}
-		defer slog.SetDefault(slog.Default())
-		slog.SetDefault(slog.New(slog.NewTextHandler(w.log, nil)))
-		cfg := testConfig(t, w.proc.dir, w.root)
-		cfg.account, cfg.limit = w.api.account, cmp.Or(limit, cfg.limit)
-		var err error
-		w.agent, err = newAgent(cfg)
+		api, proc, root := newFakeAPI(t), newProc(t), t.TempDir()
+		cfg := testConfig(t, proc.dir, root)
+		cfg.account, cfg.limit = api.account, cmp.Or(limit, cfg.limit)
+		a, err := newAgent(cfg)
 		must(t, err)
-		w.kids = &children{TB: t, proc: w.proc}
-		w.agent.start, w.agent.ready = w.kids.start, func() { w.delivered.Add(1) }
-		w.agent.api.http.Transport = w.api
 		ctx, end := context.WithCancel(t.Context())
-		w.end = end
-		w.program.Go(func() { w.agent.run(ctx) })
+		w := &world{T: t, agent: a, api: api, proc: proc, root: root, end: end}
+		w.kids = &children{TB: t, proc: proc}
+		a.api.http.Transport, a.start, a.ready = api, w.kids.start, func() { w.delivered.Add(1) }
+		defer slog.SetDefault(slog.Default())
+		slog.SetDefault(slog.New(slog.NewTextHandler(&w.log, nil)))
+		w.program.Go(func() { a.run(ctx) })
 		synctest.Wait()
 		story(w)
 
@@ -709,7 +657,6 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 		w.program.Wait()
 		w.alive.Wait()
 		is(t, "the program ends within 5 s", time.Since(began) < 5*time.Second, true)
-		synctest.Wait()
 		w.runs(nil)
 		is(t, "links in /captures", namesIn(t, w.root+"/captures"), nil)
 		w.logged("level=ERROR", 0)
@@ -728,7 +675,6 @@ func testConfig(t testing.TB, proc, root string) config {
 	return cfg
 }
 
-// annotated is a pod with its annotations.
 type annotated struct {
 	pod
 	spec
@@ -750,37 +696,30 @@ func (p annotated) stored() fakePod {
 	return fakePod{p.namespace, p.name, p.uid, all, 0}
 }
 
-// see has a pod be there or change, and lose has it be deleted. pass lets time pass. All wait until that has
-// had its effect.
+// see has a pod be there or change, and lose has it be deleted. marked has the watch get a bookmark, and pass
+// lets time pass. All wait until that has had its effect.
 func (w *world) see(p annotated) string { defer synctest.Wait(); return w.api.put(p.stored()) }
+func (w *world) marked() string         { defer synctest.Wait(); return w.api.bookmark() }
 func (w *world) pass(d time.Duration)   { time.Sleep(d); synctest.Wait() }
 
 func (w *world) lose(p annotated) {
-	w.api.mu.Lock()
+	defer synctest.Wait()
+	defer lock(&w.api.mu)()
 	w.api.change("DELETED", p.stored())
-	w.api.mu.Unlock()
-	synctest.Wait()
-}
-
-// news are the Events that were posted since the last call, each as "<kind> <reason>: <message>".
-func (w *world) news() (events []string) {
-	synctest.Wait()
-	for _, e := range w.api.posted()[w.looked:] {
-		events = append(events, fmt.Sprintf("%s %s: %s", e["type"], e["reason"], e["message"]))
-	}
-	w.looked += len(events)
-	return events
 }
 
 // told checks the Events since the last call, each by "<kind> <reason>: <words in its message>".
 func (w *world) told(want ...string) {
 	w.Helper()
-	isIt := func(got, want string) bool {
+	synctest.Wait()
+	news := w.api.posted()[w.looked:]
+	w.looked += len(news)
+	isIt := func(e fields, want string) bool {
 		what, words, _ := strings.Cut(want, ": ")
-		return strings.HasPrefix(got, what+": ") && strings.Contains(got, words)
+		return fmt.Sprint(e["type"], " ", e["reason"]) == what && strings.Contains(e["message"].(string), words)
 	}
-	if got := w.news(); !slices.EqualFunc(got, want, isIt) {
-		w.Errorf("Events:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	if !slices.EqualFunc(news, want, isIt) {
+		w.Errorf("Events:\n%v\nwant:\n%s", news, strings.Join(want, "\n"))
 	}
 }
 
@@ -794,15 +733,14 @@ func (w *world) runs(want files) {
 	defer lock(&w.kids.mu)()
 	running, names := files{}, []string(nil)
 	for _, c := range w.kids.all {
-		if name := strings.TrimPrefix(filepath.Base(c.stem), "capture-"); c.lives() {
+		if c.lives() {
+			name := strings.TrimPrefix(filepath.Base(c.stem), "capture-")
 			running[strings.TrimSuffix(name, ".pcap")] = c.n
 			names = append(names, c.files...)
 		}
 	}
 	slices.Sort(names)
-	if !maps.Equal(running, want) {
-		w.Errorf("tcpdumps %v, want %v", running, want)
-	}
+	is(w, "tcpdumps", fmt.Sprint(running), fmt.Sprint(want))
 	is(w, "files", namesIn(w, w.root), names)
 }
 
@@ -814,11 +752,9 @@ func (w *world) after(wait time.Duration, running files, events ...string) {
 	w.told(events...)
 }
 
-// logged checks how often a text is in the log.
 func (w *world) logged(text string, want int) {
 	w.Helper()
 	synctest.Wait()
-	if got := strings.Count(w.log.String(), text); got != want {
-		w.Errorf("%q is logged %d times, want %d:\n%.1000s", text, got, want, w.log)
-	}
+	log := w.log.String()
+	is(w, fmt.Sprintf("%q is logged in\n%.1000s", text, log), strings.Count(log, text), want)
 }

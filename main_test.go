@@ -17,6 +17,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -34,8 +35,9 @@ const (
 	// The UIDs of all pods in these stories begin alike.
 	uidA, uidB, uidC = "1b2c3d4e-0000-a", "1b2c3d4e-0000-b", "1b2c3d4e-0000-c"
 
-	// What is told. Of a tcpdump that does not begin with fresh files it is again.
+	// What is told: hosts if a pod has the host's network, and again if tcpdump begins in files with packets.
 	started   = "Normal CaptureStarted"
+	hosts     = "Warning CaptureStarted: this pod has the host's network, so the files hold the whole node's"
 	again     = "Warning CaptureStarted: tcpdump began again at the first file, and the packets in that one"
 	stopped   = "Normal CaptureStopped"
 	waiting   = "Warning CaptureWaiting"
@@ -46,14 +48,12 @@ const (
 
 var web, db, young = podNamed("web", uidA, "3"), podNamed("db", uidB, "3"), podNamed("new", uidC, "1")
 
-// of is a pod that asks for another number of files, or with "" for nothing; on is one with an interface, and
-// filtered one with a filter.
+// of asks for a number of files, or with "" for nothing, on for an interface, and filtered for a filter.
 func (p annotated) of(value string) annotated        { p.value = value; return p }
 func (p annotated) on(iface string) annotated        { p.iface = iface; return p }
 func (p annotated) filtered(filter string) annotated { p.filter = filter; return p }
 
-// keptAfter lets time pass, and checks that the last tcpdump has ended, that its files are there, and which
-// Events came.
+// keptAfter is after for a last tcpdump that has ended, and whose files are there.
 func (w *world) keptAfter(wait time.Duration, events ...string) {
 	w.Helper()
 	w.pass(wait)
@@ -64,34 +64,31 @@ func (w *world) keptAfter(wait time.Duration, events ...string) {
 	w.told(events...)
 }
 
+// change has a pod change, and checks what runs some seconds later, and which Events came.
+func (w *world) change(p annotated, running files, events ...string) {
+	w.Helper()
+	w.see(p)
+	w.after(waitingTime+time.Second, running, events...)
+}
+
 // born sees a pod whose network is there.
 func (w *world) born(pid int, p annotated) {
 	w.proc.pod(pid, p.kubeletUID)
 	w.see(p)
 }
 
-// finishes ends a pod's process. Its cgroup and its eth0 go, which the last tcpdump notices.
-func (w *world) finishes(pid int, p annotated) {
-	w.proc.end(pid)
+// finishes ends a pod. Its cgroup and its eth0 go, which the last tcpdump notices.
+func (w *world) finishes(p annotated) {
 	w.proc.gone(p.uid)
 	w.kids.last().exit("tcpdump: pcap_loop: The interface disappeared\n"+closing, errStatus)
 }
 
-// joins starts a process of web in a network.
-func (p *fakeProc) joins(pid int, net string) {
-	p.add(fakeProcess{pid: pid, cgroup: cgroupOf(uidA), net: net, root: "pod", born: pid})
-}
-
-const longestWait = 34 * time.Second // for another try, and a little
-
-// each tells a story for each case of a table.
 func each[T any](t *testing.T, cases map[string]T, story func(w *world, test T)) {
 	for name, test := range cases {
 		t.Run(name, func(t *testing.T) { simulate(t, 0, func(w *world) { story(w, test) }) })
 	}
 }
 
-// watchedFrom checks the versions of all watches.
 func (w *world) watchedFrom(want ...string) {
 	w.Helper()
 	synctest.Wait()
@@ -102,51 +99,32 @@ func (w *world) watchedFrom(want ...string) {
 	is(w, "watches from", got, want)
 }
 
-// marked has the watch get a bookmark.
-func (w *world) marked() string { defer synctest.Wait(); return w.api.bookmark() }
-
 // untilWatching returns at the moment, on 100 ms, at which a watch is open, or gives up after 10 minutes.
 func (w *world) untilWatching() {
-	synctest.Wait()
 	for began := time.Now(); w.api.watching() == 0 && time.Since(began) < 10*time.Minute; {
 		w.pass(100 * time.Millisecond)
 	}
 }
 
-// gaps are the times between requests that do not come at once.
-func gaps(requests []fakeRequest) (gaps []time.Duration) {
-	for i := range requests[1:] {
-		if gap := requests[i+1].at.Sub(requests[i].at); gap > 0 {
-			gaps = append(gaps, gap)
-		}
-	}
-	return gaps
-}
-
-// checkBackoff checks the waits after failures: from least to twice that, then twice as long each time, up to
-// most; never the same. What the API server asks for comes on top.
-func checkBackoff(t testing.TB, waits []time.Duration, least, most, retryAfter time.Duration) {
+// checkBackoff checks random waits that double up to most, with the API server's Retry-After on top.
+func checkBackoff(t testing.TB, requests []fakeRequest, least, most, retryAfter time.Duration) {
 	t.Helper()
 	seen := map[time.Duration]bool{}
-	for i, wait := range waits {
-		if wait -= retryAfter; wait < least || wait > 2*least || seen[wait] {
-			t.Errorf("wait %d is %v, want from %v to %v: %v", i, wait, least, 2*least, waits)
+	for i, request := range requests[1:] {
+		wait := request.at.Sub(requests[i].at) - retryAfter
+		if wait < least || wait > 2*least || seen[wait] {
+			t.Errorf("wait %d is %v, want from %v to %v", i, wait, least, 2*least)
 		}
 		seen[wait], least = true, min(2*least, most/2)
 	}
 }
 
-// says checks that an error has some words.
-func says(t testing.TB, err error, words ...string) {
+func says(t testing.TB, err error, words string) {
 	t.Helper()
-	for _, word := range words {
-		if !strings.Contains(fmt.Sprint(err), word) {
-			t.Errorf("the error is %v, want %s", err, word)
-		}
+	if !strings.Contains(fmt.Sprint(err), words) {
+		t.Errorf("the error is %v, want %s", err, words)
 	}
 }
-
-// ---- Configuration ----
 
 // The environment configures the program. All that is missing or wrong is named at once.
 func TestConfiguration(t *testing.T) {
@@ -154,20 +132,21 @@ func TestConfiguration(t *testing.T) {
 	want := config{nodeName: "node-1", url: "https://[fd00::1]:443", proc: "/proc", root: "/",
 		account: "/var/run/secrets/kubernetes.io/serviceaccount"}
 	want.podName, _ = os.Hostname()
+	type environment map[string]string
 	for _, test := range []struct {
-		set      map[string]string
+		set      environment
 		limit    int // 0: all that is set is wrong
 		diskFree int64
 	}{
 		{limit: math.MaxInt32, diskFree: 15},
-		{set: map[string]string{"DISK_LIMIT": fmt.Sprint(least), "DISK_FREE": "0"}, limit: 1},
-		{set: map[string]string{"DISK_FREE": "99"}, limit: math.MaxInt32, diskFree: 99},
-		{set: map[string]string{"DISK_LIMIT": fmt.Sprint(least - 1), "DISK_FREE": "-1"}},
-		{set: map[string]string{"DISK_FREE": "100"}},
-		{set: map[string]string{"NODE_NAME": "", "KUBERNETES_SERVICE_HOST": "", "KUBERNETES_SERVICE_PORT": "",
-			"DISK_LIMIT": "1Gi", "DISK_FREE": "15%"}},
+		{set: environment{"DISK_LIMIT": fmt.Sprint(least), "DISK_FREE": "0"}, limit: 1},
+		{set: environment{"DISK_FREE": "99"}, limit: math.MaxInt32, diskFree: 99},
+		{set: environment{"DISK_LIMIT": fmt.Sprint(least - 1), "DISK_FREE": "-1"}},
+		{set: environment{"DISK_LIMIT": "1Gi", "DISK_FREE": "100"}},
+		{set: environment{"NODE_NAME": "", "KUBERNETES_SERVICE_HOST": "", "KUBERNETES_SERVICE_PORT": "",
+			"DISK_FREE": "15%"}},
 	} {
-		all := map[string]string{
+		all := environment{
 			"NODE_NAME": "node-1", "KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}
 		maps.Copy(all, test.set)
 		got, err := readConfig(func(name string) string { return all[name] })
@@ -185,19 +164,22 @@ func TestConfiguration(t *testing.T) {
 // A program that can't do its work does not begin, and says what it lacks.
 func TestStart(t *testing.T) {
 	proc, root := newProc(t), t.TempDir()
-	_, err := newAgent(testConfig(t, proc.dir, root))
-	must(t, err)
-	_, err = newAgent(testConfig(t, proc.dir, root))
-	says(t, err, "another packetcapture runs here")
-	proc.grow("/systemd", "/user.slice")
-	_, err = newAgent(testConfig(t, proc.dir, t.TempDir()))
-	says(t, err, "no cgroup kubepods is in "+proc.dir+"/1/root/sys/fs/cgroup, nor in systemd or pids")
-	_, err = newAgent(testConfig(t, t.TempDir(), t.TempDir()))
-	says(t, err, "hostPID", "CAP_SYS_PTRACE", "AppArmor", "Unconfined", "/1/ns/net: no such file")
+	begin := func(proc, root string) error {
+		_, err := newAgent(testConfig(t, proc, root))
+		return err
+	}
+	must(t, begin(proc.dir, root))
+	says(t, begin(proc.dir, root), "another packetcapture runs here")
+	proc.regrow("/systemd")
+	proc.make("/user.slice")
+	says(t, begin(proc.dir, t.TempDir()), "no cgroup kubepods is in "+proc.dir+
+		"/1/root/sys/fs/cgroup, nor in systemd or pids")
+	says(t, begin("/none", t.TempDir()), "for which hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
+		"that allows ptrace (Unconfined) are needed: readlink /none/1/ns/net: no such file")
 	says(t, run(t.Context(), []string{"help"}), `"help" is no command: accepted are cat and live`)
 }
 
-// ---- The watch ----
+// ---- The watch, and the annotations ----
 
 // The first watch that delivers makes the program ready, and its annotated pods are captured. Of a static pod
 // the kubelet's UID counts, which two annotations name.
@@ -253,7 +235,7 @@ func TestGone(t *testing.T) {
 		w.api.compact(true)
 		w.untilWatching()
 		w.watchedFrom("0", last, last, "0")
-		is(t, "waits", len(gaps(w.api.asked("watch")[1:])), 1)
+		is(t, "the watch after it is gone comes", w.api.asked("watch")[3].at, w.api.asked("watch")[2].at)
 		w.runs(files{"db": 3, "new": 1, "web": 3}) // there may be more pods to come
 		now := w.marked()
 		w.runs(files{"new": 1, "web": 3})
@@ -275,12 +257,11 @@ func TestTimeLimit(t *testing.T) {
 		w.api.bookmarkEvery = time.Minute
 		w.api.push("", ends)
 		w.pass(24 * time.Hour)
-		watches, limits := w.api.asked("watch")[1:], map[time.Duration]bool{}
-		for i, gap := range gaps(watches) {
-			limit, _ := time.ParseDuration(watches[i].limit + "s")
-			is(t, "the time until the next watch", gap, limit)
-			is(t, "the next watch begins anew", watches[i+1].from == anyVersion, false)
-			limits[gap] = true
+		watches, limits := w.api.asked("watch")[1:], map[string]bool{}
+		for i, next := range watches[1:] {
+			is(t, "time of a watch", fmt.Sprint(next.at.Sub(watches[i].at).Seconds()), watches[i].limit)
+			is(t, "the next watch begins anew", next.from == anyVersion, false)
+			limits[next.limit] = true
 		}
 		is(t, "a day sees 60 limits", len(limits) >= 60, true)
 		w.logged("WARN", 1)
@@ -313,12 +294,12 @@ func TestBrokenWatch(t *testing.T) {
 		w.api.push("", ends)
 		w.untilWatching()
 		w.pass(test.silent)
-		before, ended := len(w.api.asked("watch")), time.Now()
+		before, ended := len(w.api.asked("watch")), fakeRequest{at: time.Now()}
 		w.api.push(test.text, test.end)
-		w.pass(longestWait)
+		w.pass(2 * time.Second)
 		next := w.api.asked("watch")[before]
 		is(w, "it watches from", next.from, test.from)
-		checkBackoff(w, []time.Duration{next.at.Sub(ended)}, 800*time.Millisecond, 30*time.Second, 0)
+		checkBackoff(w, []fakeRequest{ended, next}, 800*time.Millisecond, 30*time.Second, 0)
 		w.runs(files{"web": 3})
 		is(w, "tcpdumps", w.kids.started(), 1)
 	})
@@ -329,27 +310,25 @@ func TestBrokenWatch(t *testing.T) {
 func TestTrouble(t *testing.T) {
 	type test struct {
 		fault
-		says       string
-		retryAfter time.Duration
+		says  string
+		extra time.Duration // that is waited
 	}
 	each(t, map[string]test{
-		"200, then closed":    {fault: fault{code: 200}, says: "EOF"},
-		"502 of a proxy":      {fault: fault{code: 502, body: "<html>"}, says: "502 Bad Gateway: no Status"},
-		"lost":                {fault: fault{err: syscall.ECONNRESET}, says: "connection reset"},
-		"Retry-After below 0": {fault: fault{code: 429, retryAfter: "-100"}, says: "429 Too Many Requests: so"},
-		"Retry-After of years": {
-			fault: fault{code: 429, retryAfter: "99999999999"}, says: "429 Too Many", retryAfter: time.Minute},
+		"200, then closed": {fault: fault{code: 200}, says: "EOF"},
+		"502 of a proxy":   {fault: fault{code: 502, body: "<html>"}, says: "502 Bad Gateway: no Status"},
+		"lost":             {fault: fault{err: syscall.ECONNRESET}, says: "connection reset"},
+		"wait of -100 s":   {fault: fault{code: 429, retryAfter: "-100"}, says: "429 Too Many Requests: so"},
+		"wait of years":    {fault: fault{code: 429, retryAfter: "9999999999"}, says: "429", extra: time.Minute},
 	}, func(w *world, test test) {
 		for outage := range 2 {
-			last, before := w.marked(), len(w.api.asked("watch"))
+			w.marked()
+			before := len(w.api.asked("watch"))
 			w.api.fail("watch", test.fault)
 			w.api.push("", ends)
 			w.pass(20 * time.Minute)
 			watches := w.api.asked("watch")[before:]
-			waits := gaps(watches)
-			is(w, "it is tried again and again", len(waits) > 10, true)
-			is(w, "requests that came at once", len(watches)-1-len(waits), 0)
-			checkBackoff(w, waits, 800*time.Millisecond, 30*time.Second, test.retryAfter)
+			is(w, "it is tried again and again", len(watches) > 11, true)
+			checkBackoff(w, watches, 800*time.Millisecond, 30*time.Second, test.extra)
 			w.logged("WARN", outage+1)
 			w.logged(test.says, outage+1)
 			w.logged("https://", 0)
@@ -357,53 +336,36 @@ func TestTrouble(t *testing.T) {
 
 			w.api.heal()
 			w.untilWatching()
-			watches = w.api.asked("watch")
-			is(w, "it watches from", watches[len(watches)-1].from, last)
 			w.marked()
 			w.logged("watched again", outage+1)
 		}
 	})
 }
 
-// ---- The annotations ----
-
-// An invalid annotation produces one Event, with what was read and what is accepted. It starts nothing, and
-// does not affect the running capture. tcpdump may take 5 s to compile a filter.
+// An invalid annotation starts and stops nothing. One Event says what was read, and what is accepted.
 func TestMistakes(t *testing.T) {
-	const (
-		kept = "; what was asked for before goes on as it was"
-		many = invalid + `: the annotation tcpdump.antrea.io is "many": accepted is the number of files ` +
-			"to rotate through, a plain decimal number from 1 to 5; nothing is captured"
-		refused = invalid + `: the annotation tcpdump.antrea.io/filter is "refused": accepted is a pcap filter ` +
-			"expression, in which hosts and ports are numbers; tcpdump: can't parse filter expression: " +
-			"syntax error" + kept
-	)
+	const many = invalid + `: the annotation tcpdump.antrea.io is "many": accepted is the number of files ` +
+		"to rotate through, a plain decimal number from 1 to 5; nothing is captured"
+	const refused = invalid + `: /filter is "refused": accepted is a pcap filter expression, in which hosts ` +
+		"and ports are numbers; tcpdump: can't parse filter expression: syntax error; " +
+		"what was asked for before goes on as it was"
 	simulate(t, 5, func(w *world) {
 		w.proc.pod(50, web.uid)
-		for _, change := range []struct {
-			pod  annotated
-			told []string
-		}{
-			{pod: web.of("many"), told: []string{many}},
-			{pod: web.of("many").filtered("udp")},
-			{pod: web.of("")},
-			{pod: web.of("many"), told: []string{many}},
-			{pod: web.of("6"), told: []string{invalid + `: is "6": accepted is the number of files`}},
-			{pod: web.of("2"), told: []string{started}},
-			{pod: web.of("2").filtered("refused"), told: []string{refused}},
-			{pod: web.of("2").filtered("refused")}, // something else has changed
-			{pod: web.of("2").filtered("tcp\nport 80"),
-				told: []string{invalid + `: /filter is "tcp\nport 80": accepted is a pcap filter expression, a line`}},
-			{pod: web.of("2").on("a/b"),
-				told: []string{invalid + `: /interface is "a/b": accepted is the name of a network interface`}},
-			{pod: web.of("2"), told: []string{continued}},
-			{pod: web.of("2").filtered("refused"), told: []string{refused}},
-			{pod: web.of("3"), told: []string{stopped, started}},
-		} {
-			w.see(change.pod)
-			w.pass(6 * time.Second)
-			w.told(change.told...)
-		}
+		w.change(web.of("many"), nil, many)
+		w.change(web.of("many").filtered("udp"), nil)
+		w.change(web.of(""), nil)
+		w.change(web.of("many"), nil, many)
+		w.change(web.of("6"), nil, invalid+`: is "6": accepted is the number of files`)
+		two, running := web.of("2"), files{"web": 2}
+		w.change(two, running, started)
+		w.change(two.filtered("refused"), running, refused)
+		w.change(two.filtered("refused"), running) // something else has changed
+		w.change(two.filtered("a\nb"), running,
+			invalid+`: /filter is "a\nb": accepted is a pcap filter expression, a line`)
+		w.change(two.on("a/b"), running, invalid+`: /interface is "a/b": accepted is the name of a network`)
+		w.change(two, running, continued)
+		w.change(two.filtered("refused"), running, refused)
+		w.change(web.of("3"), files{"web": 3}, stopped, started)
 		is(t, "tcpdumps", w.kids.started(), 2)
 		is(t, "filters", w.kids.compiled, []string{"refused", "refused"})
 
@@ -415,10 +377,9 @@ func TestMistakes(t *testing.T) {
 	})
 }
 
-// ---- A capture, from its start to its last file ----
+// ---- A capture, its tcpdump and its files ----
 
-// A capture starts by itself 25 ms after its pod's network is there, or a second after five minutes. What it
-// waits for is told once, after 3 s.
+// A capture starts 25 ms after its pod's network, or 1 s after 5 minutes. What it lacks is told once, after 3 s.
 func TestWaiting(t *testing.T) {
 	simulate(t, 0, func(w *world) {
 		w.see(web)
@@ -450,32 +411,29 @@ func TestWaiting(t *testing.T) {
 func TestFinishedPod(t *testing.T) {
 	const counted = stopped + ": Stopped: 7 packets captured, 2 dropped by the kernel"
 	const gone = "; the pod's network is gone, the files (300 bytes) stay until the annotation or the pod goes"
+	const deleted = "; its files (300 bytes) are deleted"
 	simulate(t, 5, func(w *world) {
 		w.born(50, web)
 		w.pass(time.Minute)
-		w.finishes(50, web)
+		w.finishes(web)
 		w.keptAfter(waitingTime-time.Second, started)
-		w.keptAfter(10*time.Minute, counted+gone)
-		w.proc.joins(51, "new")
+		w.born(60, db.of("4"))
+		w.keptAfter(10*time.Minute, counted+gone, waiting+": room: N=4 is asked for, and 3 of the 5 files")
+		w.proc.joins(51, web.uid, "new")
 		w.after(time.Second, files{"web": 3}, again)
 		for i, net := range []string{"newer", "newest"} {
 			w.proc.end(51 + i)
-			w.proc.joins(52+i, net)
+			w.proc.joins(52+i, web.uid, net)
 			w.after(time.Second, files{"web": 3}, counted+"; the pod's new network is captured from now on", again)
 		}
-		w.finishes(53, web)
-		w.pass(waitingTime - time.Second)
-		w.lose(web)
-		w.after(0, nil, counted+"; its files (300 bytes) are deleted")
 
-		w.born(52, web)
-		w.finishes(52, web)
-		w.pass(time.Second)
-		w.born(60, db.of("4"))
-		w.keptAfter(time.Minute, started, stopped, waiting+": room: N=4 is asked for, and 3 of the 5 files")
-		w.see(web.of("2"))
-		w.after(time.Minute, files{"db": 4},
-			counted+"; its files (300 bytes) are deleted", started, waiting+": the pod's")
+		w.finishes(web)
+		w.pass(waitingTime - time.Second)
+		w.change(web.of("2"), files{"db": 4}, counted+deleted, started, waiting+": the pod's network")
+		w.finishes(db)
+		w.pass(waitingTime - time.Second)
+		w.lose(db)
+		w.after(0, nil, counted+deleted)
 	})
 }
 
@@ -483,21 +441,21 @@ func TestFinishedPod(t *testing.T) {
 // not notice the end of its pod is told to end, after two more seconds in which it reads the last packets.
 func TestEndOfPod(t *testing.T) {
 	for _, test := range []struct {
-		net, iface   string
-		losesNetwork bool          // or its cgroup
-		at           time.Duration // in a second
+		net, iface, told string
+		losesNetwork     bool          // or its cgroup
+		at               time.Duration // in a second
 	}{
-		{net: uidA, iface: "lo", at: 1},
-		{net: uidA, iface: "any", at: time.Second - 1, losesNetwork: true},
-		{net: host, at: time.Second - 1},
+		{net: uidA, iface: "lo", told: started, at: 1},
+		{net: uidA, iface: "any", told: started, at: time.Second - 1, losesNetwork: true},
+		{net: host, told: hosts, at: time.Second - 1},
 	} {
 		simulate(t, 0, func(w *world) {
-			w.proc.joins(50, test.net)
+			w.proc.joins(50, web.uid, test.net)
 			w.see(web.on(test.iface))
-			w.news()
+			w.told(test.told)
 			w.proc.end(50)
 			w.pass(time.Minute)
-			w.proc.joins(51, test.net)
+			w.proc.joins(51, web.uid, test.net)
 			w.pass(time.Minute + test.at)
 			if test.losesNetwork {
 				w.proc.interfaces(uidA, "lo")
@@ -511,21 +469,33 @@ func TestEndOfPod(t *testing.T) {
 	}
 }
 
-// A tcpdump that ends by itself or can't be started is tried again: after pauses that double from 0.2 s to 5
-// minutes, and begin anew when it has run for a minute. An Event has the reason, not twice in a row.
+// An Event tells of a tcpdump that can't be ended. The next one waits for it. One that fails is tried again,
+// after pauses that double from 0.2 s to 5 minutes, and begin anew after a run of a minute. An Event says why.
 func TestRestarts(t *testing.T) {
 	simulate(t, 0, func(w *world) {
-		w.kids.behave(behaviour{refusal: syscall.EAGAIN})
+		w.kids.behave(behaviour{startup: time.Second, deaf: true, immortal: true})
 		w.born(50, web)
-		w.pass(time.Hour)
-		w.told(failed + ": tcpdump can't be started: resource temporarily unavailable; it is tried again")
-		waits := gaps(w.kids.attempts)
-		is(t, "it is started again and again", len(waits) > 15, true)
-		checkBackoff(t, waits, 200*time.Millisecond, 5*time.Minute, 0)
 		w.kids.behave(behaviour{})
-		w.after(7*time.Minute, files{"web": 3}, started)
+		w.see(web.of("4")) // before it has started: no Event says that it has
+		w.after(time.Hour, files{"web": 3},
+			failed+": tcpdump (PID 100000) can't be ended: SIGTERM and SIGKILL were sent")
+		w.kids.last().exit(closing, errKilled)
+		w.after(0, files{"web": 4}, started)
+
+		w.kids.behave(behaviour{refusal: syscall.EAGAIN})
+		w.kids.last().exit("", errKilled)
+		tries := []fakeRequest{{at: time.Now()}}
+		w.pass(time.Hour)
+		w.told(failed+": ended by itself (signal: killed); it is tried again, after pauses that grow to 5 minutes",
+			failed+": tcpdump can't be started: resource temporarily unavailable; it is tried again")
+		tries = append(tries, w.kids.attempts[2:]...)
+		is(t, "it is started again and again", len(tries) > 16, true)
+		checkBackoff(t, tries, 200*time.Millisecond, 5*time.Minute, 0)
+
+		w.kids.behave(behaviour{})
+		w.after(7*time.Minute, files{"web": 4}, again)
 		w.kids.last().exit("", errKilled) // it has run for a minute
-		w.after(400*time.Millisecond, files{"web": 3}, failed+": ended by itself (signal: killed)", again)
+		w.after(400*time.Millisecond, files{"web": 4}, failed, again)
 		before := w.kids.started()
 		for range 600 {
 			w.kids.last().exit("", errKilled) // at once
@@ -536,44 +506,21 @@ func TestRestarts(t *testing.T) {
 	})
 }
 
-// An Event tells of a tcpdump that can't be ended. Its files stay, and the capture that replaces it waits for
-// it. No Event says that a capture has started which was removed before.
-func TestImmortal(t *testing.T) {
-	simulate(t, 0, func(w *world) {
-		w.kids.behave(behaviour{startup: time.Second, deaf: true, immortal: true})
-		w.born(50, web)
-		w.kids.behave(behaviour{})
-		w.see(web.of("4"))
-		w.after(time.Hour, files{"web": 3},
-			failed+": tcpdump (PID 100000) can't be ended: SIGTERM and SIGKILL were sent")
-		w.kids.last().exit(closing, errKilled)
-		w.after(0, files{"web": 4}, started)
-	})
-}
-
-// ---- tcpdump ----
-
-// tcpdump captures on eth0, on any in the host's network, of which an Event warns, or on the interface that
-// the annotation names, if the pod has it: tcpdump would take "2" for the second one. A filter is one
-// argument, compiled for the device. Nothing of ours keeps the pod's network open.
+// tcpdump captures eth0, any in the host's network, or what the annotation names, once the pod has that: "2"
+// would be the second one. A filter is one argument, compiled for the device. Nothing keeps the network open.
 func TestArguments(t *testing.T) {
-	const hosts = "Warning CaptureStarted: this pod has the host's network, " +
-		"so the files hold the whole node's traffic"
 	for _, test := range []struct {
 		net, iface, filter, device, link, told string
 		isMissing                              bool // the interface, at first
 	}{
-		{net: uidA, iface: "", filter: "--", device: "eth0", link: "EN10MB", told: started},
+		{net: uidA, device: "eth0", told: started},
 		{net: uidA, iface: "any", filter: "-w /x", device: "any", link: "LINUX_SLL2", told: started},
-		{net: uidA, iface: "e.1", filter: "$(reboot) \\", device: "e.1", link: "EN10MB", told: started},
-		{net: host, iface: "", filter: "udp", device: "any", link: "LINUX_SLL2", told: hosts},
-		{net: host, iface: "ens3", filter: "udp", device: "ens3", link: "EN10MB", told: hosts},
-		{net: uidA, iface: "2", device: "2", told: started, isMissing: true},
-		{net: host, iface: "eth0", device: "eth0", told: hosts, isMissing: true},
+		{net: uidA, iface: "2", filter: "$(reboot)", device: "2", link: "EN10MB", told: started, isMissing: true},
+		{net: host, filter: "--", device: "any", link: "LINUX_SLL2", told: hosts},
+		{net: host, iface: "eth0", filter: "udp", device: "eth0", link: "EN10MB", told: hosts, isMissing: true},
 	} {
 		simulate(t, 0, func(w *world) {
-			w.proc.interfaces(uidA, "lo", "eth0", "e.1")
-			w.proc.joins(50, test.net)
+			w.proc.joins(50, web.uid, test.net)
 			w.see(web.on(test.iface).filtered(test.filter))
 			if test.isMissing {
 				w.after(time.Minute, nil, waiting+": the interface "+test.iface+": the pod has lo, e")
@@ -589,7 +536,7 @@ func TestArguments(t *testing.T) {
 			}
 			is(t, "arguments", w.kids.last().arguments, want)
 			is(t, "network", filepath.Base(w.kids.last().network), "net-"+test.net)
-			is(t, "files that are open", openIn(t, w.proc.dir), nil)
+			is(t, "files that are open", len(openIn(w.proc.dir)), 0)
 		})
 	}
 }
@@ -618,63 +565,39 @@ func TestStderr(t *testing.T) {
 	}
 }
 
-// ---- Files, and the room for them ----
-
-// An Event names a capture's files as tcpdump does.
-func TestFileNames(t *testing.T) {
-	for n, want := range map[int]string{1: "/web.pcap", 10: "10 files, /web.pcap0 to /web.pcap9",
-		11: "11 files, /web.pcap00 to /web.pcap10"} {
-		is(t, "files", fileNames("/web.pcap", n), want)
-	}
-}
-
 // The files of all captures are bounded, here by 5. What does not fit waits. A change that needs no more
 // files than before keeps its room, whoever waits; of a larger number an Event says what is free.
 func TestRoom(t *testing.T) {
 	a, b, c := podNamed("a", "a", ""), podNamed("b", "b", ""), podNamed("c", "c", "")
-	const most = `: is "5": accepted is at most 4 now, because other captures have the rest of this node's 5`
-	for name, story := range map[string][]struct {
-		pod     annotated
-		running files // 4 s later
-		told    []string
-	}{
-		"a change keeps its room, unless it has to wait": {
-			{pod: a.of("5"), running: files{"a": 5}, told: []string{started}},
-			{pod: b.of("5"), running: files{"a": 5}, told: []string{waiting + ": N=5"}},
-			{pod: b.of("3"), running: files{"a": 5}, told: []string{waiting + ": N=3"}},
-			{pod: c.of("1"), running: files{"a": 5}, told: []string{waiting}},
-			{pod: a.of("5").filtered("udp"), running: files{"a": 5}, told: []string{stopped, started}},
-			{pod: a.of("5").on("net1"), running: files{"b": 3, "c": 1},
-				told: []string{stopped, started, started, waiting + ": the interface net1"}},
-			{pod: a.of("4"), running: files{"b": 3, "c": 1}, told: []string{waiting + ": room: N=4"}},
-			{pod: b.of(""), running: files{"a": 4, "c": 1}, told: []string{stopped, started}},
-		},
-		"a larger number needs what is free": {
-			{pod: a.of("3"), running: files{"a": 3}, told: []string{started}},
-			{pod: c.of("4"), running: files{"a": 3}, told: []string{waiting + ": 3 of the 5 files"}},
-			{pod: b.of("1"), running: files{"a": 3, "b": 1}, told: []string{started}},
-			{pod: a.of("5"), running: files{"a": 3, "b": 1}, told: []string{invalid + most}},
-			{pod: a.of("3"), running: files{"a": 3, "b": 1}, told: []string{continued}},
-			{pod: a.of("4"), running: files{"a": 4, "b": 1}, told: []string{stopped, started}},
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			simulate(t, 5, func(w *world) {
-				w.kids.behave(behaviour{shutdown: 700 * time.Millisecond})
-				for i, p := range []annotated{a, b, c} {
-					w.proc.pod(50+i, p.uid)
-				}
-				for _, change := range story {
-					w.see(change.pod)
-					w.after(waitingTime+time.Second, change.running, change.told...)
-				}
-			})
-		})
-	}
+	simulate(t, 5, func(w *world) {
+		w.kids.behave(behaviour{shutdown: 700 * time.Millisecond})
+		for i, p := range []annotated{a, b, c} {
+			w.proc.pod(50+i, p.uid)
+		}
+		running := files{"a": 5}
+		w.change(a.of("5"), running, started)
+		w.change(b.of("5"), running, waiting+": N=5")
+		w.change(b.of("3"), running, waiting+": N=3")
+		w.change(c.of("1"), running, waiting)
+		w.change(a.of("5").filtered("udp"), running, stopped, started)
+		running = files{"b": 3, "c": 1}
+		w.change(a.of("5").on("net1"), running, stopped, started, started, waiting+": the interface net1")
+		w.change(a.of("4"), running, waiting+": room: N=4")
+		w.change(b.of(""), files{"a": 4, "c": 1}, stopped, started)
+
+		w.change(a.of("3"), files{"a": 3, "c": 1}, stopped, started)
+		w.change(c.of(""), files{"a": 3}, stopped)
+		w.change(c.of("4"), files{"a": 3}, waiting+": 3 of the 5 files")
+		running = files{"a": 3, "b": 1}
+		w.change(b.of("1"), running, started)
+		w.change(a.of("5"), running, invalid+
+			`: is "5": accepted is at most 4 now, because other captures have the rest of this node's 5`)
+		w.change(a.of("3"), running, continued)
+		w.change(a.of("4"), files{"a": 4, "b": 1}, stopped, started)
+	})
 }
 
-// A part of the disk stays free: a capture waits until there is more. One that runs stops with a Warning, and
-// its files stay.
+// A part of the disk stays free. A capture waits until there is more. One that runs stops, and its files stay.
 func TestDiskFull(t *testing.T) {
 	simulate(t, 0, func(w *world) {
 		w.agent.diskFree = 15
@@ -697,47 +620,40 @@ func TestDiskFull(t *testing.T) {
 
 // networkOf is the name of the network that is found for a pod, "" if there is none.
 func networkOf(t *testing.T, proc *fakeProc, p annotated) string {
-	t.Helper()
 	g, err := newCgroups(proc.dir)
 	must(t, err)
 	s, ok := g.find(p.pod, sandbox{})
 	return map[bool]string{true: strings.TrimPrefix(filepath.Base(filepath.Dir(s.network)), "net-")}[ok]
 }
 
-// openIn are the files of a folder that are open.
-func openIn(t *testing.T, dir string) (open []string) {
-	links, err := filepath.Glob("/proc/self/fd/*")
-	must(t, err)
-	for _, link := range links {
-		if target := readLink(link); strings.HasPrefix(target, dir) {
-			open = append(open, target)
-		}
-	}
-	return open
+// openIn are the links of what is open in a folder.
+func openIn(dir string) []string {
+	links, _ := filepath.Glob("/proc/self/fd/*")
+	return slices.DeleteFunc(links, func(link string) bool { return !strings.HasPrefix(readLink(link), dir) })
 }
 
 // A pod is found by its cgroup, whoever makes that: on cgroup v1 and v2, with the kubelet's and systemd's
 // names, in each class of pods, and a level deeper in kind. What is no UID never becomes a path.
 func TestCgroupNames(t *testing.T) {
-	const v1, v2, pids = "/systemd", "", "/pids"
 	for _, test := range []struct{ hierarchy, pod, process string }{
-		{hierarchy: v2, process: "/kubepods/podUID/cafe"},
-		{hierarchy: v2, process: "/kubepods/burstable/podUID/cafe"},
-		{hierarchy: v2, process: "/kubepods/besteffort/podUID/cafe"},
-		{hierarchy: v2, process: "/kubepods.slice/kubepods-podU_ID.slice/crio-cafe.scope/container/within"},
-		{hierarchy: v1, process: "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podU_ID.slice/x"},
-		{hierarchy: pids, process: "/kubepods/podUID/cafe"},
-		{hierarchy: v1, process: "/kubelet/kubepods/podUID/cafe"},
-		{hierarchy: v2, process: "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/" +
+		{process: "/kubepods/podUID/cafe"},
+		{process: "/kubepods/burstable/podUID/cafe"},
+		{process: "/kubepods/besteffort/podUID/cafe"},
+		{process: "/kubepods.slice/kubepods-podU_ID.slice/crio-cafe.scope/container/within"},
+		{hierarchy: "/systemd",
+			process: "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podU_ID.slice/x"},
+		{hierarchy: "/pids", process: "/kubepods/podUID/cafe"},
+		{hierarchy: "/systemd", process: "/kubelet/kubepods/podUID/cafe"},
+		{process: "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/" +
 			"kubelet-kubepods-burstable-podU_ID.slice/x.scope"},
 		// The kubelet has systemd make them, and the runtime does not.
-		{hierarchy: v1, pod: "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_ID.slice",
+		{hierarchy: "/systemd", pod: "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podU_ID.slice",
 			process: "/system.slice/containerd.service/kubepods-burstable-podU_ID.slice:cri-containerd:cafe"},
-		{hierarchy: v2, pod: "/kubepods.slice/kubepods-podU_ID.slice",
+		{pod: "/kubepods.slice/kubepods-podU_ID.slice",
 			process: "/system.slice/kubepods-podU_ID.slice:cri-containerd:cafe"},
 	} {
 		proc, static := newProc(t), web
-		proc.grow(test.hierarchy)
+		proc.regrow(test.hierarchy)
 		static.kubeletUID = "0123456789abcdef0123456789abcdef" // names its cgroup
 		for i, uid := range []string{uidA, uidB, static.kubeletUID} {
 			named := strings.NewReplacer("UID", uid, "U_ID", strings.ReplaceAll(uid, "-", "_"))
@@ -751,16 +667,17 @@ func TestCgroupNames(t *testing.T) {
 	}
 
 	proc := newProc(t)
-	proc.grow("", "/kubepods/pod", "/kubepods/pod..", "/kubepods/podxyz", "/kubepods/pod"+uidA+"/cafe")
+	proc.regrow("")
+	proc.make("/kubepods")
 	g, err := newCgroups(proc.dir)
 	must(t, err)
 	for _, uid := range []string{"", "..", "xyz", uidA + "/cafe", uidA + "/", "/", "*"} {
+		proc.make("/kubepods/pod" + uid)
 		is(t, fmt.Sprintf("cgroup of %q", uid), g.of(podNamed("web", uid, "3").pod), "")
 	}
 }
 
-// Of a pod's processes the oldest counts whose network has eth0: never one of the runtime, and not what a
-// container has made within.
+// Of a pod's processes the oldest with eth0 counts: never one of the runtime, nor one in a network within.
 func TestOldestProcess(t *testing.T) {
 	type in struct{ net, root string } // a process
 	for name, test := range map[string]struct {
@@ -795,27 +712,31 @@ func TestOldestProcess(t *testing.T) {
 // A process may end, and its PID become another pod's, which is never captured.
 func TestReusedPID(t *testing.T) {
 	proc := newProc(t)
-	proc.joins(50, "pod")
+	proc.pod(50, web.uid)
 	g, err := newCgroups(proc.dir)
 	must(t, err)
 	s, _ := g.find(web.pod, sandbox{})
-	proc.add(fakeProcess{pid: 50, cgroup: cgroupOf(uidB), net: "other", root: "other"})
-	proc.joins(51, "pod")
+	proc.pod(50, db.uid)
+	proc.pod(51, web.uid)
 	now, _ := g.find(web.pod, s)
 	is(t, "the network that is found", now.network, s.network)
 
 	_, err = g.open(s)
 	says(t, err, "has ended")
-	is(t, "files that are open", openIn(t, proc.dir), nil)
+	is(t, "files that are open", len(openIn(proc.dir)), 0)
 	proc.end(50)
 	_, err = g.open(s)
 	says(t, err, "/50/ns/net: no such file")
 }
 
-// ---- Events ----
+// ---- Events, the API server, and cat ----
 
-// An Event goes to its pod's namespace, and to the UID that the kubelet uses. The log has it too.
+// An Event goes to its pod's namespace, the kubelet's UID and the log. It names the files as tcpdump does.
 func TestEventIsPosted(t *testing.T) {
+	for n, want := range map[int]string{1: "/web.pcap", 10: "10 files, /web.pcap0 to /web.pcap9",
+		11: "11 files, /web.pcap00 to /web.pcap10"} {
+		is(t, "files", fileNames("/web.pcap", n), want)
+	}
 	simulate(t, 0, func(w *world) {
 		w.pass(time.Hour)
 		p := annotated{pod{"shop", "web", "0123456789", uidA}, spec{value: "3"}}
@@ -842,19 +763,15 @@ func TestEventIsPosted(t *testing.T) {
 func TestEventIsTriedAgain(t *testing.T) {
 	type test struct {
 		fault
-		tries      int // 0: as many as go into 10 minutes
-		retryAfter time.Duration
-		isLost     int  // as the log says
-		isTaken    bool // in the end, by this try
+		tries  int           // 0: as many as go into 10 minutes
+		extra  time.Duration // that is waited
+		isLost int           // as the log says
 	}
 	each(t, map[string]test{
-		"500": {fault: fault{times: 8, code: 500}, tries: 9, isTaken: true},
-		"429 with Retry-After": {fault: fault{times: 1, code: 429, retryAfter: "40"}, tries: 2,
-			retryAfter: 40 * time.Second, isTaken: true},
-		"401": {fault: fault{times: 1, code: 401}, tries: 2, isTaken: true},
-		// An answer is waited for for 10 s.
-		"a webhook hangs": {fault: fault{times: 1, hangs: time.Hour}, tries: 2,
-			retryAfter: 10 * time.Second, isTaken: true},
+		"500":          {fault: fault{times: 8, code: 500}, tries: 9},
+		"429":          {fault: fault{times: 1, code: 429, retryAfter: "40"}, tries: 2, extra: 40 * time.Second},
+		"401":          {fault: fault{times: 1, code: 401}, tries: 2},
+		"no answer":    {fault: fault{times: 1, hangs: time.Hour}, tries: 2, extra: 10 * time.Second},
 		"it is there":  {fault: fault{code: 409}, tries: 1},
 		"503 for long": {fault: fault{code: 503}, isLost: 1},
 		"403":          {fault: fault{code: 403}, tries: 1, isLost: 1},
@@ -869,78 +786,67 @@ func TestEventIsTriedAgain(t *testing.T) {
 			took := posts[len(posts)-1].at.Sub(posts[0].at).Minutes()
 			is(w, "it is tried for 10 minutes", took > 9 && took < 11, true)
 		}
-		checkBackoff(w, gaps(posts), 800*time.Millisecond, 30*time.Second, test.retryAfter)
+		checkBackoff(w, posts, 800*time.Millisecond, 30*time.Second, test.extra)
 		w.logged("an Event is not posted", test.isLost)
-		is(w, "it is taken", len(w.news()) == 1, test.isTaken)
+		if test.times > 0 {
+			w.told(invalid + `: is "x"`)
+		}
 		w.api.heal()
 		w.see(web.of("y"))
 		w.told(invalid + `: is "y"`)
 	})
 }
 
-// The watch never waits for a start, a stop or an Event: the server would close it. Events that wait come in
-// their order, up to 1,000 of a namespace.
+// The watch never waits: the server would close it. Events wait in their order, up to 1,000 of a namespace.
 func TestFlood(t *testing.T) {
 	simulate(t, 0, func(w *world) {
-		w.kids.behave(behaviour{startup: time.Hour, shutdown: time.Second})
+		w.kids.behave(behaviour{startup: time.Hour, deaf: true})
 		w.api.fail("post", fault{code: 503})
 		w.born(50, web)
-		last := ""
+		last, told := "", []string(nil)
 		for i := range eventQueue + 100 {
 			w.api.put(web.of(fmt.Sprint("x", i)).stored())
+			told = append(told, fmt.Sprintf(`%s: is "x%d"`, invalid, i))
 			last = w.api.put(web.of(fmt.Sprint(i%7 + 1)).stored())
 		}
-		synctest.Wait()
 		w.api.push("", ends)
 		w.watchedFrom("0", last) // all was read in no time
 		w.pass(5 * time.Minute)
 		w.runs(files{"web": 1})
 		w.api.heal()
-		w.pass(longestWait)
-		news := w.news()
-		for i, e := range news {
-			is(t, "number of the Event", strings.Contains(e, fmt.Sprintf(`"x%d"`, i)), true)
-		}
-		is(t, "Events that are not lost: one is being posted", len(news), eventQueue+1)
+		w.pass(time.Minute)
+		w.told(told[:eventQueue+1]...) // one is being posted, and the others wait
 	})
 }
 
 // What was told before the end of the program is posted, and holds up its end for 4.5 s at most.
 func TestLastEvents(t *testing.T) {
 	type test struct {
-		frozen time.Duration // the server, after the end
-		hangs  bool          // an Event of another namespace
-		within time.Duration
-		told   []string
+		namespace string // whose Events hang
+		hangs     time.Duration
+		told      []string
 	}
-	last := []string{stopped + ": 7 packets captured"}
+	last := stopped + ": 7 packets captured"
 	each(t, map[string]test{
-		"while the server thinks":       {frozen: 4 * time.Second, within: 4 * time.Second, told: last},
-		"while the server answers none": {frozen: time.Hour, within: 4500 * time.Millisecond},
-		"while another namespace hangs": {hangs: true, within: 4500 * time.Millisecond, told: last},
+		"the server thinks":       {hangs: 4 * time.Second, told: []string{invalid, last}},
+		"the server answers none": {hangs: time.Hour},
+		"another namespace hangs": {namespace: "shop", hangs: time.Hour, told: []string{last}},
 	}, func(w *world, test test) {
 		w.born(50, web)
-		w.news()
-		if test.hangs {
-			w.api.fail("post shop", fault{hangs: time.Hour})
-			w.see(annotated{pod{"shop", "web", "05", "05"}, spec{value: "x"}})
-		} else {
-			w.api.freeze()
-		}
+		w.told(started)
+		w.api.fail("post "+test.namespace, fault{hangs: test.hangs})
+		w.see(annotated{pod{"shop", "web", "05", "05"}, spec{value: "x"}})
+		w.pass(time.Second)
 		began := time.Now()
-		time.AfterFunc(test.frozen, w.api.thaw)
 		w.end()
 		w.program.Wait()
-		is(w, "the end is in time", time.Since(began) <= test.within, true)
+		is(w, "the end is in time", time.Since(began) <= min(test.hangs, 4500*time.Millisecond), true)
 		w.told(test.told...)
 	})
 }
 
-// ---- The API server ----
-
-// The client speaks HTTP/2, asks no proxy, and trusts only a server with a certificate of the CA, and for its
-// address. The CA may be replaced; one that can't be read leaves the last. A connection on which nothing comes
-// any more, not even the answer to a ping, is given up within a minute.
+// The client speaks HTTP/2, asks no proxy, and trusts only a certificate of the CA, for the server's address. A
+// CA that can't be read leaves the last. A connection that is silent, even to a ping, ends within a minute.
 func TestConnection(t *testing.T) {
 	var versions []int
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
@@ -980,8 +886,6 @@ func TestConnection(t *testing.T) {
 	})
 }
 
-// ---- cat ----
-
 // pcap is a file of packets, each with its time in seconds.
 func pcap(times ...uint32) []byte {
 	var b bytes.Buffer
@@ -994,15 +898,15 @@ func pcap(times ...uint32) []byte {
 	return b.Bytes()
 }
 
-// contents are those of a capture's files, by the digits in their names.
-type contents map[string][]byte
+type contents map[string][]byte // of a capture's files, by the digits in their names
 
-// writeFiles writes the files of a capture of default/web, each at the time of its first packet, and
-// returns their root.
+// writeFiles writes the files of default/web, each at the time of its first packet, and those of others.
 func writeFiles(t *testing.T, all contents) (root string) {
 	root = t.TempDir()
-	must(t, os.Mkdir(root+"/captures", 0o755),
-		os.Symlink(root+"/capture-web.pcap", root+"/captures/default_web"))
+	must(t, os.Mkdir(root+"/captures", 0o755), os.Symlink(root+"/capture-db.pcap", root+"/captures/ns2_db"),
+		os.Symlink(root+"/capture-web.pcap", root+"/captures/default_web"),
+		os.WriteFile(root+"/capture-web.pcap0.pcap1", pcap(99), 0o644),
+		os.WriteFile(root+"/capture-x.pcap", pcap(99), 0o644))
 	for digits, text := range all {
 		path := root + "/capture-web.pcap" + digits
 		must(t, os.WriteFile(path, text, 0o644))
@@ -1014,36 +918,36 @@ func writeFiles(t *testing.T, all contents) (root string) {
 	return root
 }
 
+type writerFunc func(text []byte) (int, error)
+
+func (w writerFunc) Write(text []byte) (int, error) { return w(text) }
+
 // cat writes the files as one pcap, the oldest first and whole packets alone, and says how much that was. A
 // file that is overwritten meanwhile is left out, and cat says so. A reader that goes away ends it.
 func TestCat(t *testing.T) {
 	gone := errors.New("the reader has gone")
 	for name, test := range map[string]struct {
-		files  contents
-		second []byte // when another file has been read, if that changes
-		err    error  // of the reader
-		want   []byte
-		says   string
+		files contents
+		turns bool  // to the second file, when the first one has been read
+		err   error // of the reader
+		want  []byte
+		says  string
 	}{
 		"empty": {files: contents{"": pcap()}, want: pcap(), says: "0 packets, 24 bytes\n"},
-		"one":   {files: contents{"": pcap(1, 2)}, want: pcap(1, 2), says: "2 packets, 78 bytes\n"},
-		"turned": {files: contents{"0": pcap(3), "1": pcap(0, 2)},
+		"one":   {files: contents{"": pcap(1)}, want: pcap(1), says: "1 packet, 51 bytes\n"},
+		"turned": {files: contents{"0": pcap(3), "1": pcap(0, 2), "2": pcap(), "3": pcap()[:23]},
 			want: pcap(0, 2, 3), says: "3 packets, 105 bytes\n"},
 		"equal": {files: contents{"0": pcap(5, 6), "1": pcap(5)},
 			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
-		"begun": {files: contents{"0": pcap(1), "1": pcap(), "2": pcap()[:23]},
-			want: pcap(1), says: "1 packet, 51 bytes\n"},
-		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, second: pcap(9),
-			want: pcap(1, 5),
+		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, turns: true, want: pcap(1, 5),
 			says: "packets may be missing: /capture-web.pcap1 was overwritten or deleted\n2 packets, 78 bytes\n"},
 		"the reader goes": {files: contents{"0": pcap(1), "1": pcap(3)}, err: gone, want: pcap(1)},
 	} {
 		root := writeFiles(t, test.files)
-		must(t, os.WriteFile(root+"/capture-web-2.pcap0", pcap(99), 0o644))
 		var out, said bytes.Buffer
 		err := cat(root, "default/web", writerFunc(func(text []byte) (int, error) {
-			if test.second != nil {
-				must(t, os.WriteFile(root+"/capture-web.pcap1", test.second, 0o644))
+			if test.turns {
+				must(t, os.WriteFile(root+"/capture-web.pcap1", pcap(9), 0o644))
 			}
 			out.Write(text)
 			return len(text), test.err
@@ -1052,26 +956,15 @@ func TestCat(t *testing.T) {
 		is(t, name, out.String(), string(test.want))
 		is(t, name+": it says", strings.ReplaceAll(said.String(), root, ""), test.says)
 	}
-	err := cat(writeFiles(t, nil), "default/web", io.Discard, io.Discard)
-	says(t, err, "default/web has no file to read yet")
-}
 
-// writerFunc is what happens when something is written.
-type writerFunc func(text []byte) (int, error)
-
-func (w writerFunc) Write(text []byte) (int, error) { return w(text) }
-
-// Of a pod that is not captured itself cat writes no packet, whatever other pod has its name. The error lists
-// what is captured.
-func TestCatOthers(t *testing.T) {
+	// Of a pod that is not captured itself it writes nothing, whatever other pod has its name.
 	root := writeFiles(t, contents{"0": pcap(1), "1": pcap(2)})
-	must(t, os.WriteFile(root+"/capture-x.pcap", pcap(1), 0o644),
-		os.Symlink(root+"/capture-db.pcap", root+"/captures/ns2_db"))
 	for _, name := range []string{"ns2/web", "web", "default_web", "/web", "default/", "default/web/", "",
 		"default/../captures/default_web", "../../captures/default_web", "default/x", "/capture-web.pcap0"} {
 		var out, said bytes.Buffer
-		err := cat(root, name, &out, &said)
-		says(t, err, strconv.Quote(name)+" is not captured here", "default/web", "ns2/db")
+		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: accepted is "+
+			`<namespace>/<pod>, of ["default/web" "ns2/db"]`)
 		is(t, name+": written", out.String()+said.String(), "")
 	}
+	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read yet")
 }
