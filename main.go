@@ -1,15 +1,11 @@
-// Packetcapture captures the packets of annotated pods with tcpdump, on every node of a
-// Kubernetes cluster.
-//
-// It runs as a DaemonSet, and each of its pods watches the pods of its own node. A pod that is
-// annotated
+// Packetcapture captures the packets of annotated pods with tcpdump. It runs as a DaemonSet in a
+// Kubernetes cluster, and each of its pods watches the pods of its own node. A pod that is annotated
 //
 //	kubectl annotate pod web tcpdump.antrea.io="5"
 //
-// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to
-// /capture-web.pcap4, in the packetcapture container of that node. A changed annotation starts the
-// capture over. When the annotation is removed or the pod is deleted, the capture stops and its files
-// are deleted.
+// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to /capture-web.pcap4, in
+// the packetcapture container of that node. A changed annotation starts the capture over. When the
+// annotation is removed or the pod is deleted, the capture stops and its files are deleted.
 //
 // Two more annotations say what is captured:
 //
@@ -30,9 +26,8 @@
 //	DISK_FREE    percent of the disk that captures leave free; default: 15
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
-// (*podWatch).follow keeps a watch of the node's pods, (*podWatch).apply starts and stops captures as
-// the annotations ask, and (*capture).live is the life of one. These three are the program; the rest
-// is detail.
+// (*podWatch).follow keeps a watch of the node's pods, (*podWatch).apply starts captures as annotations
+// ask, and (*capture).live is the life of one. These three are the program; the rest is detail.
 package main
 
 import (
@@ -47,7 +42,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"math"
 	"math/rand/v2"
@@ -83,25 +77,20 @@ const (
 	// fileBytes is the largest size of a file. tcpdump begins the next file at 1,000,000 bytes (-C 1),
 	// but only checks before it writes a packet, which takes up to 262,144 bytes and a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
-	// logBytes is the part of DISK_LIMIT that is kept for the container's log: the kubelet keeps 5
-	// files of 10 MiB, and the rest is a margin.
+	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while tcpdump compiles a filter: 0.15 s for the worst one
-	// of this length, 9 s for one of 4,096 bytes.
+	// maxFilter is in bytes. The watch waits while one is compiled: 0.15 s at worst, with 4,096 bytes 9 s.
 	maxFilter = 1024
 
 	// birthPoll is how often a capture looks for its pod's network. The first container starts about
 	// 100 ms after the network is there. After birthTime a capture looks once a second.
 	birthPoll = 25 * time.Millisecond
 	birthTime = 5 * time.Minute
-	// waitingTime is how long a capture waits before an Event says so. By then most pods have started,
-	// and the captures of deleted pods have stopped.
+	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
-	// ringDelay is how long tcpdump runs on after its pod has ended. It reads its ring once a second,
-	// so the pod's last packets are still written.
+	// ringDelay is how long tcpdump, which reads its ring once a second, runs on after its pod's end.
 	ringDelay = 3 * time.Second
-	// termGrace is the time between the SIGTERM and the SIGKILL that end a tcpdump. exitGrace is how
-	// long the program may take to end: a little less than the 5 s after which it is killed itself.
+	// termGrace passes between a tcpdump's SIGTERM and its SIGKILL. The program ends within exitGrace.
 	termGrace = 2 * time.Second
 	exitGrace = 4500 * time.Millisecond
 	// eventTime is how long an Event is retried. eventQueue is how many Events may wait per namespace.
@@ -177,9 +166,9 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 		return n
 	}
 
-	address := net.JoinHostPort(getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT"))
-	cfg = config{nodeName: getenv("NODE_NAME"), url: "https://" + address, proc: "/proc", root: "/",
-		account: "/var/run/secrets/kubernetes.io/serviceaccount"}
+	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
+	cfg = config{nodeName: getenv("NODE_NAME"), url: "https://" + net.JoinHostPort(host, port),
+		proc: "/proc", root: "/", account: "/var/run/secrets/kubernetes.io/serviceaccount"}
 	cfg.podName, _ = os.Hostname()
 	cfg.podNamespace = readFile(cfg.account + "/namespace")
 	disk := number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64)
@@ -191,8 +180,11 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 // agent holds what the watch and all captures of this node share.
 type agent struct {
 	config
-	api     *client
 	cgroups *cgroups
+	// http sends requests to the API server. It has no Timeout, which would end watches.
+	http http.Client
+	// roots is the last CA bundle that could be read.
+	roots atomic.Pointer[x509.CertPool]
 	// alive counts the goroutines that capture and that post Events.
 	alive sync.WaitGroup
 	// ready makes the readiness probe succeed. The watch calls it with each event.
@@ -200,20 +192,14 @@ type agent struct {
 	// start is the function start. Tests replace it.
 	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 
-	// roomLock guards taken and stems, and each capture's stem and files.
+	// roomLock guards each capture's stem, and rooms: how many files it has room for, by its stem.
 	roomLock sync.Mutex
-	// taken is the sum of the captures' files.
-	taken int
-	// stems has the stem of each capture that has room.
-	stems map[string]bool
+	rooms    map[string]int
 
-	// posts is the context of the requests that post Events. endPosts ends it.
-	posts    context.Context
-	endPosts context.CancelFunc
-	// queueLock guards queues and each capture's told.
+	// queueLock guards each capture's told, and queues: the Events to post, by namespace. A namespace
+	// is in it while a goroutine posts them.
 	queueLock sync.Mutex
-	// queues holds the Events to post, by namespace. A namespace is in it while a goroutine posts them.
-	queues map[string][]func()
+	queues    map[string][]func()
 }
 
 func newAgent(cfg config) (*agent, error) {
@@ -226,9 +212,9 @@ func newAgent(cfg config) (*agent, error) {
 	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
 		return nil, fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
 	}
-	a := &agent{config: cfg, api: newClient(cfg.url, cfg.account), cgroups: groups, start: start,
-		stems: map[string]bool{}, queues: map[string][]func(){}}
-	a.posts, a.endPosts = context.WithCancel(context.Background())
+	a := &agent{config: cfg, cgroups: groups, start: start,
+		rooms: map[string]int{}, queues: map[string][]func(){}}
+	a.http.Transport = a.transport()
 	// The readiness probe only connects. ReadTimeout closes its connections, which would pile up.
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
 	a.ready = sync.OnceFunc(func() {
@@ -240,20 +226,19 @@ func newAgent(cfg config) (*agent, error) {
 // run captures until ctx ends. Then all captures end at the same time and the last Events are posted.
 // It returns after exitGrace at the latest, whatever a tcpdump or the API server does.
 func (a *agent) run(ctx context.Context) {
-	defer a.endPosts()
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
+	ended, end := context.WithCancel(context.Background())
 	go func() {
 		w.follow(ctx)
 		a.alive.Wait()
-		a.endPosts()
+		end()
 	}()
 	<-ctx.Done()
-	sleep(a.posts, exitGrace)
+	sleep(ended, exitGrace)
 }
 
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
-// pod identifies a pod.
 type pod struct {
 	namespace, name, uid string
 	// kubeletUID is in the name of the pod's cgroup. It differs from uid if the pod is static.
@@ -262,8 +247,7 @@ type pod struct {
 
 // spec is what a pod's annotations ask for.
 type spec struct {
-	annotated bool
-	// The text of the three annotations.
+	annotated            bool
 	value, filter, iface string
 	// files is value as a number: how many files to rotate through. It is 0 if value is not a number.
 	files int
@@ -288,35 +272,34 @@ func (w *podWatch) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		version := w.version
 		err := w.watch(ctx)
-		switch isGone := asStatus(err).Code == http.StatusGone; {
-		case isGone && version != anyVersion, err == nil && w.version == version:
+		switch {
+		case asStatus(err).Code == http.StatusGone && version != anyVersion,
+			err == nil && w.version == version:
 			// Start over: the server no longer has the history since our version. Or a whole watch did not
 			// advance it, not even by a bookmark: after a restore of etcd the server may be behind it.
 			w.version = anyVersion
-		case err == nil, ctx.Err() != nil:
-			// After its time limit, a watch is continued at once.
-		default:
+		case err != nil && ctx.Err() == nil:
 			// The same error is logged once. Digits are ignored: a port in its text differs each time.
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 			if complaint != w.complaint {
-				w.complaint = complaint
 				slog.Warn("the pods can't be watched, captures go on", "error", err)
 			}
+			w.complaint = complaint
 			sleep(ctx, w.retry.next(err))
 		}
 	}
 }
 
 // watch applies events until the stream ends. It returns nil if that was its time limit, 5 to 10
-// minutes at random, so that the nodes' watches do not end together. It requests only metadata.
+// minutes at random, so that the nodes' watches do not end together.
 func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
 	defer cancel()
 	path := fmt.Sprintf("/api/v1/pods?fieldSelector=spec.nodeName%%3D%s&watch=true&resourceVersion=%s"+
 		"&allowWatchBookmarks=true&timeoutSeconds=%d", w.agent.nodeName, url.QueryEscape(w.version), limit)
-	accept := "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-	body, err := w.agent.api.do(asking, "GET", path, accept, nil)
+	onlyMetadata := "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+	body, err := w.agent.do(asking, "GET", path, onlyMetadata, nil)
 	if err != nil {
 		return err
 	}
@@ -337,10 +320,9 @@ func (w *podWatch) watch(ctx context.Context) error {
 	return err
 }
 
-// next applies one event of the watch. A watch from anyVersion begins with all pods as ADDED, in any
-// order. The first event of another type, at the latest a bookmark after a minute, shows that this list
-// is complete. Captures of pods that were not in it are then stopped, and from then on a broken watch
-// can continue from the version of its last event.
+// next applies one event of the watch. From anyVersion it begins with all pods as ADDED, in any order.
+// The first event of another type, at the latest a bookmark after a minute, ends this list. Captures of
+// pods that were not in it are stopped, and a broken watch continues from its last event's version.
 func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	// It is new for each event, because Decode keeps the old value of a field that an event lacks.
 	var e struct {
@@ -350,21 +332,21 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	if err := decoder.Decode(&e); err != nil {
 		return err
 	}
-	uid, version := e.Object.Metadata.UID, e.Object.Metadata.ResourceVersion
+	p, asked := e.Object.pod()
+	version := e.Object.Metadata.ResourceVersion
 	switch {
 	case e.Type == "ERROR":
-		return &e.Object.statusError
+		return e.Object.statusError
 	case version == "":
 		return errors.New("an event has no resourceVersion")
-	case e.Type == "ADDED" || e.Type == "MODIFIED":
-		p, asked := e.Object.pod()
+	case e.Type == "DELETED" || !asked.annotated: // a bookmark has neither annotations nor a UID
+		w.forget(p.uid)
+	default:
 		w.apply(ctx, p, asked)
-	case e.Type == "DELETED":
-		w.forget(uid)
 	}
 	w.agent.ready()
 
-	w.delivered[uid] = true
+	w.delivered[p.uid] = true
 	if w.version == anyVersion {
 		if e.Type == "ADDED" {
 			return nil
@@ -383,28 +365,23 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	return nil
 }
 
-// apply starts, changes or stops a pod's capture as its annotations ask. An invalid annotation
-// produces an Event and does not affect the running capture.
+// apply starts or changes a pod's capture. An invalid annotation does not affect the running one.
 func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	c := w.captures[p.uid]
-	switch {
-	case !asked.annotated:
-		w.forget(p.uid)
-		return
-	case c == nil:
+	if c == nil {
 		c = &capture{agent: w.agent, pod: p, stop: func(error) {}, turn: make(chan struct{}, 1)}
 		w.captures[p.uid] = c
-	case c.last == asked:
+	}
+	if c.last == asked {
 		return
 	}
-
 	c.last = asked
-	if c.valid == asked {
-		c.tell("Normal", "CaptureContinued",
-			"The annotations are valid again, and the capture is as it was")
+
+	if asked == c.valid {
+		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
 		return
 	}
-	refusal := w.refusal(ctx, c, asked)
+	refusal := c.refusal(ctx, asked)
 	switch {
 	case ctx.Err() != nil:
 		// The program ends, which may have interrupted the check of the filter.
@@ -428,47 +405,46 @@ func (w *podWatch) forget(uid string) {
 }
 
 // refusal says why annotations are invalid, and what is accepted. If they are valid, it returns "", and
-// a capture that has room has been given enough of it for the new number of files.
-func (w *podWatch) refusal(ctx context.Context, c *capture, asked spec) string {
-	refuse := func(annotation, value, accepted string, a ...any) string {
-		accepted = fmt.Sprintf(accepted, a...)
+// a capture that has room has enough of it for the new number of files.
+func (c *capture) refusal(ctx context.Context, asked spec) string {
+	refuse := func(annotation, value, accepted string) string {
 		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
 	}
-	n, iface, filter, limit := asked.files, asked.iface, asked.filter, w.agent.limit
+	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	isUnprintable := func(r rune) bool { return !unicode.IsPrint(r) }
 	switch {
 	case n < 1 || n > limit || asked.value != strconv.Itoa(n): // tcpdump takes "5abc" for 5
-		return refuse(annotation, asked.value,
-			"the number of files to rotate through, a plain decimal number from 1 to %d", limit)
+		return refuse(annotation, asked.value, fmt.Sprintf(
+			"the number of files to rotate through, a plain decimal number from 1 to %d", limit))
 	case len(iface) > 15 || strings.HasPrefix(iface, "-") || strings.Trim(iface, interfaceChars) != "":
 		return refuse(interfaceAnnotation, iface, "the name of a network interface, or any, "+
 			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
 	case len(filter) > maxFilter || strings.ContainsFunc(filter, isUnprintable):
-		return refuse(filterAnnotation, filter,
-			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter)
+		return refuse(filterAnnotation, filter, fmt.Sprintf(
+			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter))
 	}
-	if err := w.compile(ctx, c.pod, asked); err != nil {
+	if err := c.compile(ctx, asked); err != nil {
 		return refuse(filterAnnotation, filter,
-			"a pcap filter expression, in which hosts and ports are numbers; %v", err)
+			"a pcap filter expression, in which hosts and ports are numbers; "+err.Error())
 	}
 	if free := c.reserveRoom(n); free < n {
-		return refuse(annotation, asked.value,
-			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
+		return refuse(annotation, asked.value, fmt.Sprintf(
+			"at most %d now, because other captures have the rest of this node's %d files", free, limit))
 	}
 	return ""
 }
 
 // compile lets tcpdump compile a filter and returns its error. tcpdump runs in an empty network
 // namespace, where it can't look up names: a filter must not be able to send DNS queries.
-func (w *podWatch) compile(ctx context.Context, p pod, asked spec) error {
+func (c *capture) compile(ctx context.Context, asked spec) error {
 	if asked.filter == "" {
 		return nil
 	}
 	link := "EN10MB"
-	if s, _ := w.agent.cgroups.find(p, sandbox{}); s.device(asked) == "any" {
+	if s, _ := c.agent.cgroups.find(c.pod, sandbox{}); s.device(asked) == "any" {
 		link = "LINUX_SLL2"
 	}
-	tcpdump, err := w.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
+	tcpdump, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
 	if err == nil {
 		_, err = tcpdump.read(func(string) {})
 	}
@@ -481,25 +457,20 @@ func (w *podWatch) compile(ctx context.Context, p pod, asked spec) error {
 type capture struct {
 	agent *agent
 	pod   pod
-
 	// The watch uses these: the last annotations, the last valid ones, and what stops their goroutine.
 	last, valid spec
 	stop        context.CancelCauseFunc
 
 	// turn lets one goroutine work at a time. One that was replaced before its turn does nothing.
 	turn chan struct{}
-	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
-	// counts is what the last tcpdump counted.
-	spec     spec
-	captured bool
-	counts   string
+	// The goroutine whose turn it is uses these. counts is what the last tcpdump counted. It is "" while
+	// nothing is captured, so that no packets can be in the files.
+	spec   spec
+	counts string
 
-	// agent.roomLock guards these: the path of the files without their digits, which is "" while the
-	// capture has no room, and the number of files that it has room for.
-	stem  string
-	files int
-	// told is the last message. agent.queueLock guards it.
-	told string
+	// stem is the path of the files without their digits, and link is the one in /captures to it. They
+	// are "" while the capture has no room. told is the last message.
+	stem, link, told string
 }
 
 // live captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
@@ -508,17 +479,8 @@ func (c *capture) live(ctx context.Context, asked spec) {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
 	c.spec = asked
-	defer func() {
-		if c.clear(); context.Cause(ctx) != errReplaced {
-			c.giveRoom()
-		}
-	}()
 
-	for retry := tcpdumpBackoff; ; {
-		s, ok := c.await(ctx)
-		if !ok {
-			return
-		}
+	for s, retry := c.await(ctx), tcpdumpBackoff; ctx.Err() == nil; s = c.await(ctx) {
 		began := time.Now()
 		err := c.runTcpdump(ctx, s)
 		// After a run of more than a minute the pauses begin small again.
@@ -531,65 +493,64 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		case err == errFull || found.network == s.network:
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
-		case hasNetwork && c.captured:
+		case hasNetwork && c.counts != "":
 			c.tell("Normal", "CaptureStopped",
 				"Stopped: %s; the pod's new network is captured from now on", c.counts)
 		}
 	}
-}
 
-// await returns the pod's network once nothing is missing for a capture, and false if ctx ends first.
-// An Event names what has been missing for waitingTime, once.
-func (c *capture) await(ctx context.Context) (s sandbox, ok bool) {
-	told := ""
-	for began := time.Now(); ctx.Err() == nil; {
-		var missing string
-		if s, missing = c.look(s); missing == "" {
-			return s, true
-		}
-		waited := time.Since(began)
-		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
-			told = what
-			if _, size := findFiles(c.stem); c.captured {
-				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
-					"the annotation or the pod goes", c.counts, what, size)
-			} else {
-				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
-			}
-		}
-		poll := birthPoll
-		if waited >= birthTime {
-			poll = time.Second
-		} else if s.network != "" { // an interface, room or disk space is missing
-			poll = 10 * birthPoll
-		}
-		sleep(ctx, poll)
-	}
-	if !c.captured && context.Cause(ctx) != errReplaced {
+	if c.counts == "" && context.Cause(ctx) != errReplaced {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
-	return s, false
+	c.clear()
+	if context.Cause(ctx) != errReplaced {
+		c.giveRoom()
+	}
 }
 
-// look returns the pod's network, and what is missing for a capture: "<what>: <why>", or "" if nothing
-// is. last is the network that it returned before. A capture that waits holds no room.
+// await returns the pod's network once nothing is missing for a capture, or when ctx ends. An Event
+// names what has been missing for waitingTime, once.
+func (c *capture) await(ctx context.Context) (s sandbox) {
+	missing, told, poll := "", "", birthPoll
+	for began := time.Now(); ctx.Err() == nil; sleep(ctx, poll) {
+		if s, missing = c.look(s); missing == "" {
+			break
+		}
+		// A capture that waits holds no room.
+		if c.counts == "" {
+			c.clear()
+			c.giveRoom()
+		}
+
+		waited := time.Since(began)
+		if waited >= birthTime {
+			poll = time.Second
+		}
+		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
+			told = what
+			if _, size := findFiles(c.stem); c.counts == "" {
+				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
+			} else {
+				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
+					"the annotation or the pod goes", c.counts, what, size)
+			}
+		}
+	}
+	return s
+}
+
+// look returns the pod's network, and what is missing for a capture: "" or "<what>: <why>".
 func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	s, ok := c.agent.cgroups.find(c.pod, last)
 	device := s.device(c.spec)
 	switch {
 	case !ok:
-		missing = "the pod's network: it does not run yet, or has ended"
+		return s, "the pod's network: it does not run yet, or has ended"
 	// tcpdump would take "2" for the second interface, and nflog, which is none, for a device.
 	case device != "any" && !slices.Contains(s.interfaces, device):
-		missing = "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
-	default:
-		missing = c.takeRoom()
+		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
 	}
-	if missing != "" && !c.captured {
-		c.clear()
-		c.giveRoom()
-	}
-	return s, missing
+	return s, c.takeRoom()
 }
 
 // clear deletes the files. No tcpdump may be writing to them.
@@ -600,10 +561,10 @@ func (c *capture) clear() {
 			slog.Error("a file can't be deleted", "error", err)
 		}
 	}
-	if c.captured {
+	if c.counts != "" {
 		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
+		c.counts = ""
 	}
-	c.captured = false
 }
 
 // tellStarted reports that tcpdump captures. Anything unusual makes the Event a Warning.
@@ -618,23 +579,35 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 		}
 	}
 	warn(s.isHost, "this pod has the host's network, so the files hold the whole node's traffic")
-	warn(c.captured, "tcpdump began again at the first file, and the packets in that one are lost")
+	warn(c.counts != "", "tcpdump began again at the first file, and the packets in that one are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
 		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
+	// If tcpdump is killed from now on, it can't say how many packets it has written.
+	c.counts = "an unknown number of packets captured"
 }
 
 // ---- tcpdump: one run of it ----
 
 // runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns why.
+//
+// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet as
+// it arrives. -Z root keeps the right to create files in /, which the user tcpdump does not have. -p
+// turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
+// tcpdump that is held up loses nothing (see make measure). After -- a filter can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
+	arguments := []string{"-C", "1", "-W", strconv.Itoa(c.spec.files), "-w", c.stem,
+		"-U", "-Z", "root", "-p", "-i", s.device(c.spec), "-B", "4096"}
+	if c.spec.filter != "" {
+		arguments = append(arguments, "--", c.spec.filter)
+	}
 	network, err := c.agent.cgroups.open(s)
 	if err != nil {
 		return fmt.Errorf("the pod's network can't be opened: %w", err)
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	tcpdump, err := c.agent.start(running, network, c.arguments(s.device(c.spec))...)
+	tcpdump, err := c.agent.start(running, network, arguments...)
 	network.Close() // or it would keep the pod's interface alive
 	if err != nil {
 		return fmt.Errorf("tcpdump can't be started: %w", err)
@@ -643,22 +616,13 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	ended, end := context.WithCancel(context.Background())
 	defer end()
 	c.agent.alive.Go(func() { c.oversee(running, ended, stop, s, tcpdump.pid) })
-	counts, err := tcpdump.read(func(warning string) {
-		if ctx.Err() == nil {
-			c.tellStarted(s, warning)
-			// From now on tcpdump may write packets. If it is killed, it can't say how many.
-			c.captured, c.counts = true, "an unknown number of packets captured"
-		}
-	})
+	counts, err := tcpdump.read(func(warning string) { c.tellStarted(s, warning) })
 	c.counts = cmp.Or(counts, c.counts)
-	if running.Err() != nil {
-		return context.Cause(running)
-	}
-	return fmt.Errorf("tcpdump ended by itself (%v)", cmp.Or(err, errors.New("exit status 0")))
+	status := cmp.Or(err, errors.New("exit status 0"))
+	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
 }
 
-// oversee stops tcpdump when the disk is full, or when the pod's network has gone or changed. If
-// tcpdump does not end, an Event says so.
+// oversee stops tcpdump when the disk is full, or when the pod's network has gone or changed.
 func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
@@ -673,30 +637,14 @@ func (c *capture) oversee(running, ended context.Context, stop func(error), s sa
 		switch {
 		case c.agent.isFull():
 			stop(errFull)
-		case ok && now.network != s.network:
-			stop(errors.New("the pod has a new network"))
-		case time.Since(hadNetwork) >= ringDelay:
-			stop(errors.New("the pod's network is gone"))
+		case ok && now.network != s.network, time.Since(hadNetwork) >= ringDelay:
+			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
 	if sleep(ended, termGrace+time.Second); ended.Err() == nil {
 		c.tell("Warning", "CaptureFailed", "tcpdump (PID %d) can't be ended: "+
 			"SIGTERM and SIGKILL were sent, and it still runs; its files stay until it ends", pid)
 	}
-}
-
-// arguments returns tcpdump's arguments. findTcpdump reads those after the path in /proc.
-func (c *capture) arguments(device string) []string {
-	// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet
-	// as it arrives. -Z root keeps the right to create files in /, which the user tcpdump does not
-	// have. -p turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4
-	// MiB, so that a tcpdump that is held up loses nothing (see make measure).
-	arguments := []string{"-C", "1", "-W", strconv.Itoa(c.spec.files), "-w", c.stem,
-		"-U", "-Z", "root", "-p", "-i", device, "-B", "4096"}
-	if c.spec.filter != "" {
-		arguments = append(arguments, "--", c.spec.filter) // never an option
-	}
-	return arguments
 }
 
 // process is a running tcpdump. read must be called once, and tcpdump has ended when it returns.
@@ -731,7 +679,6 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 // read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
 // with the first warning or "". It returns the final counts, and the last complaint or the exit status.
 func (p *process) read(listening func(warning string)) (counts string, err error) {
-	var counted []string
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
 		line := lines.Text()
@@ -740,9 +687,9 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 		case strings.Contains(line, "listening on "):
 			listening(warning)
 		case strings.HasSuffix(line, " captured"): // "1 packet captured"
-			counted = append(counted, line)
+			counts = line
 		case strings.HasSuffix(line, " dropped by kernel"):
-			counted = append(counted, first+" dropped by the kernel")
+			counts += ", " + first + " dropped by the kernel"
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			warning = cmp.Or(warning, cut(line))
 		case (first == "tcpdump:" || first == "nsenter:") && !strings.Contains(line, "data link type "):
@@ -753,14 +700,10 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 	if err = p.wait(); err != nil && complaint != "" {
 		err = errors.New(complaint)
 	}
-	return strings.Join(counted, ", "), err
+	return counts, err
 }
 
 // ---- Files, and the room for them ----
-
-func (c *capture) link() string {
-	return filepath.Join(c.agent.root, "captures", c.pod.namespace+"_"+c.pod.name)
-}
 
 // takeRoom gives a capture its stem, its link and room for its files, or returns what is missing. If
 // another namespace's pod has the stem, "_" and a part of the UID make it unique: no name has a "_".
@@ -775,24 +718,25 @@ func (c *capture) takeRoom() (missing string) {
 		return fmt.Sprintf("room: N=%d is asked for, and %d of the %d files that this node may have "+
 			"are taken", n, a.limit-free, a.limit)
 	case c.stem == "":
+		link := filepath.Join(a.root, "captures", c.pod.namespace+"_"+c.pod.name)
 		stem, err := filepath.Join(a.root, "capture-"+c.pod.name+".pcap"), os.ErrExist
-		if a.stems[stem] {
+		if a.rooms[stem] > 0 {
 			stem = filepath.Join(a.root, fmt.Sprintf("capture-%s_%.8s.pcap", c.pod.name, c.pod.uid))
 		}
-		if !a.stems[stem] {
-			err = os.Symlink(stem, c.link())
+		if a.rooms[stem] == 0 {
+			err = os.Symlink(stem, link)
 		}
 		if err != nil {
 			return fmt.Sprintf("its file name: an earlier capture has not ended yet (%v)", err)
 		}
-		c.stem, a.stems[stem] = stem, true
+		c.stem, c.link = stem, link
 	}
-	c.setRoom(n)
+	a.rooms[c.stem] = n
 	return ""
 }
 
-// reserveRoom enlarges the room of a capture that has some to n files, while the old files still exist.
-// It returns how many files the capture may have. If that is less than n, it changes nothing.
+// reserveRoom enlarges the room of a capture that has some to n files, and returns how many it may have.
+// If these are less than n, it changes nothing.
 func (c *capture) reserveRoom(n int) (free int) {
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
@@ -800,7 +744,7 @@ func (c *capture) reserveRoom(n int) (free int) {
 		return c.agent.limit // it will wait for its room
 	}
 	if free = c.free(); n <= free {
-		c.setRoom(max(n, c.files))
+		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return free
 }
@@ -810,20 +754,23 @@ func (c *capture) giveRoom() {
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
 	if c.stem != "" {
-		os.Remove(c.link())
-		delete(c.agent.stems, c.stem)
+		os.Remove(c.link)
+		delete(c.agent.rooms, c.stem)
 		c.stem = ""
 	}
-	c.setRoom(0)
 }
 
-// free is how many files a capture may have.
-func (c *capture) free() int { return c.agent.limit - c.agent.taken + c.files }
+// free is how many files a capture may have: those that no other capture has room for.
+func (c *capture) free() int {
+	free := c.agent.limit + c.agent.rooms[c.stem]
+	for _, n := range c.agent.rooms {
+		free -= n
+	}
+	return free
+}
 
-func (c *capture) setRoom(n int) { c.agent.taken, c.files = c.agent.taken+n-c.files, n }
-
-// isFull reports whether the free disk space is below diskFree, or too small for one file. On a full
-// disk tcpdump would go on and truncate its files without an error.
+// isFull reports whether less of the disk is free than diskFree, or than one file takes. On a full disk
+// tcpdump would truncate its files without an error.
 func (a *agent) isFull() bool {
 	var stat syscall.Statfs_t
 	err := syscall.Statfs(a.root, &stat)
@@ -831,8 +778,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// fileNames names a capture's files as tcpdump does. A single file has no digits; with more, each has
-// as many digits as n-1.
+// fileNames names a capture's files as tcpdump does: one has no digits, and each of n as many as n-1.
 func fileNames(stem string, n int) string {
 	if n == 1 {
 		return stem
@@ -862,13 +808,13 @@ func findFiles(stem string) (paths []string, size int64) {
 
 // cgroups is the kernel's tree of cgroups. It shows whether a pod is on the node, and its processes.
 type cgroups struct {
-	proc    string
-	tree    string   // its root; with cgroup v1 the root of one of its hierarchies
-	classes []string // the cgroups that hold those of the pods, one of each QoS class
-	hostNet string   // the network of the host's first process
-	mu      sync.Mutex
-	strays  []string // all containers' cgroups that are beside their pods', as they were listed last
-	listed  time.Time
+	// hostNet is the network of the host's first process. tree is the root of the cgroups, with cgroup
+	// v1 that of one hierarchy, and kubepods has those of the pods.
+	proc, hostNet, tree, kubepods string
+	// mu guards strays, the cgroups in which a pod's containers may be beside its own, as listed last.
+	mu     sync.Mutex
+	strays []string
+	listed time.Time
 }
 
 // sandbox is a pod's network, and a process that is in it.
@@ -876,9 +822,9 @@ type sandbox struct {
 	// network is "net:[4026532281]", say, which names a namespace as long as it exists.
 	network, pid string
 	isHost       bool
+	interfaces   []string
 	// standard is the device that is captured unless an annotation names one.
-	standard   string
-	interfaces []string
+	standard string
 }
 
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
@@ -893,38 +839,37 @@ func newCgroups(proc string) (g *cgroups, err error) {
 	root := proc + "/1/root/sys/fs/cgroup"
 	for _, g.tree = range []string{root + "/systemd", root + "/pids", root} {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
-			found, _ := filepath.Glob(g.tree + name)
-			if len(found) == 0 {
-				continue
+			if found, _ := filepath.Glob(g.tree + name); len(found) > 0 {
+				g.kubepods = found[0]
+				return g, nil
 			}
-			prefix, suffix := found[0]+"/", ""
-			if slice, isSystemd := strings.CutSuffix(filepath.Base(found[0]), ".slice"); isSystemd {
-				prefix, suffix = prefix+slice+"-", ".slice"
-			}
-			g.classes = []string{prefix + "burstable" + suffix, prefix + "besteffort" + suffix, found[0]}
-			return g, nil
 		}
 	}
 	return nil, fmt.Errorf("no cgroup kubepods is in %s, nor in systemd or pids below it", root)
 }
 
-// of returns the path of a pod's cgroup. It is "" before the kubelet has made it, and after the pod has
-// ended: the kubelet removes it 1 to 2 s after the last container.
+// of returns the path of a pod's cgroup. It is "" before the kubelet has made it, and 1 to 2 s after
+// the pod's last container has ended.
 func (g *cgroups) of(p pod) string {
 	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
 		return "" // it must not become a part of a path
 	}
-	for _, class := range g.classes {
-		path := class + "/pod" + p.kubeletUID
-		if slice, isSystemd := strings.CutSuffix(class, ".slice"); isSystemd {
-			uid := strings.ReplaceAll(p.kubeletUID, "-", "_")
-			path = class + "/" + filepath.Base(slice) + "-pod" + uid + ".slice"
-		}
-		if _, err := os.Stat(path); err == nil {
-			return path
+	burstable, bestEffort := below(g.kubepods, "burstable"), below(g.kubepods, "besteffort")
+	for _, class := range []string{burstable, bestEffort, g.kubepods} {
+		cgroup := below(class, "pod"+p.kubeletUID)
+		if _, err := os.Stat(cgroup); err == nil {
+			return cgroup
 		}
 	}
 	return ""
+}
+
+// below returns the path of a cgroup in another one, whose name systemd repeats.
+func below(cgroup, name string) string {
+	if slice, isSystemd := strings.CutSuffix(cgroup, ".slice"); isSystemd {
+		name = filepath.Base(slice) + "-" + strings.ReplaceAll(name, "-", "_") + ".slice"
+	}
+	return cgroup + "/" + name
 }
 
 // find returns a pod's network: that of its oldest process, since containers may create networks of
@@ -939,9 +884,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	}
 	pids := processesIn(cgroup)
 	if len(pids) == 0 {
-		for _, stray := range g.straysOf(cgroup) {
-			pids = append(pids, processesIn(stray)...)
-		}
+		pids = g.strayProcesses(filepath.Base(cgroup) + ":")
 	}
 	oldest := uint64(math.MaxUint64)
 	for _, pid := range pids {
@@ -953,9 +896,8 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	return s, ok
 }
 
-// sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has a
-// network of its own, without eth0. A process in the host's network with the host's root directory
-// belongs to the runtime and has not entered the pod's network yet.
+// sandboxOf returns the network of a process, and whether it is its pod's. gVisor's gofer has another,
+// without eth0. A process with the host's network and root is the runtime's, yet to enter the pod's.
 func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 	dir := filepath.Join(g.proc, pid)
 	network, err := os.Readlink(dir + "/ns/net")
@@ -972,55 +914,61 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 		return s, slices.Contains(s.interfaces, podInterface)
 	}
 	s.standard = "any"
-	files, err := os.Stat(dir + "/root")
-	hosts, hostErr := os.Stat(g.proc + "/1/root")
-	return s, err == nil && hostErr == nil && !os.SameFile(files, hosts)
+	root, err := os.Stat(dir + "/root")
+	hostRoot, hostErr := os.Stat(g.proc + "/1/root")
+	return s, err == nil && hostErr == nil && !os.SameFile(root, hostRoot)
 }
 
-// open opens a network; the caller closes the file. The process in s may have ended and its PID may be
-// another pod's by now, so the name of the opened network is compared.
+// open opens a network; the caller closes the file. The PID in s may be another pod's by now, so the
+// name of what was opened is compared.
 func (g *cgroups) open(s sandbox) (*os.File, error) {
 	file, err := os.Open(filepath.Join(g.proc, s.pid, "ns/net"))
-	if err != nil {
-		return nil, err
-	}
-	if opened, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", file.Fd())); opened != s.network {
+	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", file.Fd())); opened != s.network {
 		file.Close()
-		return nil, errors.New("the process that it was found by has ended")
+		return nil, cmp.Or(err, errors.New("the process that it was found by has ended"))
 	}
 	return file, nil
 }
 
-// straysOf returns the cgroups of a pod's containers that are outside the pod's cgroup. They exist
+// processesIn returns the processes in a cgroup and below.
+func processesIn(cgroup string) (pids []string) {
+	for _, each := range cgroupsIn(cgroup) {
+		pids = append(pids, strings.Fields(readFile(each+"/cgroup.procs"))...)
+	}
+	return pids
+}
+
+// strayProcesses returns the processes of a pod whose containers are outside its cgroup. That is so
 // where the kubelet uses the systemd driver and the runtime takes the slice's path for a plain name.
-func (g *cgroups) straysOf(cgroup string) []string {
+func (g *cgroups) strayProcesses(prefix string) (pids []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if time.Since(g.listed) >= 4*birthPoll { // all captures share the list
-		v2, _ := filepath.Glob(g.tree + "/system.slice/*.slice:*:*")
-		v1, _ := filepath.Glob(g.tree + "/system.slice/*.service/*.slice:*:*")
-		g.strays, g.listed = append(v2, v1...), time.Now()
+		g.strays, g.listed = cgroupsIn(g.tree+"/system.slice"), time.Now()
 	}
-	return slices.DeleteFunc(slices.Clone(g.strays), func(stray string) bool {
-		return !strings.HasPrefix(filepath.Base(stray), filepath.Base(cgroup)+":")
-	})
-}
-
-// processesIn returns the processes in a cgroup and below.
-func processesIn(cgroup string) []string {
-	pids := strings.Fields(readFile(cgroup + "/cgroup.procs"))
-	// A folder has two links and one for each folder in it, so one with two need not be read.
-	var stat syscall.Stat_t
-	if syscall.Stat(cgroup, &stat); stat.Nlink == 2 {
-		return pids
-	}
-	below, _ := os.ReadDir(cgroup)
-	for _, entry := range below {
-		if entry.IsDir() {
-			pids = append(pids, processesIn(cgroup+"/"+entry.Name())...)
+	for _, stray := range g.strays {
+		if strings.HasPrefix(filepath.Base(stray), prefix) {
+			pids = append(pids, processesIn(stray)...)
 		}
 	}
 	return pids
+}
+
+// cgroupsIn returns a cgroup and all below it.
+func cgroupsIn(cgroup string) []string {
+	all := []string{cgroup}
+	// A folder has two links and one for each folder in it, so one with two need not be read.
+	var stat syscall.Stat_t
+	if syscall.Stat(cgroup, &stat); stat.Nlink == 2 {
+		return all
+	}
+	entries, _ := os.ReadDir(cgroup)
+	for _, entry := range entries {
+		if entry.IsDir() {
+			all = append(all, cgroupsIn(cgroup+"/"+entry.Name())...)
+		}
+	}
+	return all
 }
 
 // startTime is field 22 of a process's stat, in clock ticks. Field 2, a command, ends at the last ")".
@@ -1042,24 +990,20 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	a, namespace := c.agent, c.pod.namespace
 	a.queueLock.Lock()
 	defer a.queueLock.Unlock()
-	message := fmt.Sprintf(format, values...)
+	message, at := fmt.Sprintf(format, values...), time.Now()
 	if message == c.told {
 		return
 	}
 	c.told = message
-	log := slog.Info
-	if kind == "Warning" {
-		log = slog.Warn
-	}
-	log(reason, "namespace", namespace, "pod", c.pod.name, "message", message)
-	queue, isPosting := a.queues[namespace]
-	if len(queue) >= eventQueue {
-		slog.Warn("an Event is lost, too many wait", "namespace", namespace, "pod", c.pod.name)
+	log := slog.With("namespace", namespace, "pod", c.pod.name)
+	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
+	log.Log(context.Background(), level, reason, "message", message)
+	if len(a.queues[namespace]) > eventQueue {
+		log.Warn("an Event is lost, too many wait")
 		return
 	}
-	at := time.Now()
-	a.queues[namespace] = append(queue, func() { a.post(c.pod, kind, reason, message, at) })
-	if !isPosting {
+	a.queues[namespace] = append(a.queues[namespace], func() { c.post(kind, reason, message, at) })
+	if len(a.queues[namespace]) == 1 {
 		a.alive.Go(func() { a.postAll(namespace) })
 	}
 }
@@ -1068,19 +1012,19 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 func (a *agent) postAll(namespace string) {
 	a.queueLock.Lock()
 	defer a.queueLock.Unlock()
-	for queue := a.queues[namespace]; len(queue) > 0; queue = a.queues[namespace] {
-		a.queues[namespace] = queue[1:]
+	for ; len(a.queues[namespace]) > 0; a.queues[namespace] = a.queues[namespace][1:] {
+		post := a.queues[namespace][0]
 		a.queueLock.Unlock()
-		queue[0]()
+		post()
 		a.queueLock.Lock()
 	}
 	delete(a.queues, namespace)
 }
 
 // post posts an Event. It retries until the Event is there, can't be posted, or is too old.
-func (a *agent) post(p pod, kind, reason, message string, at time.Time) {
+func (c *capture) post(kind, reason, message string, at time.Time) {
 	type fields = map[string]any
-	second := at.UTC().Format(time.RFC3339)
+	a, p, second := c.agent, c.pod, at.UTC().Format(time.RFC3339)
 	// Event times are in whole seconds. By their names kubectl lists those of a second in order.
 	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
@@ -1093,34 +1037,33 @@ func (a *agent) post(p pod, kind, reason, message string, at time.Time) {
 		"firstTimestamp": second, "lastTimestamp": second,
 	})
 	for retry := requestBackoff; ; {
-		ctx, cancel := context.WithTimeout(a.posts, 10*time.Second)
-		answer, err := a.api.do(ctx, "POST", path, "application/json", body)
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		answer, err := a.do(ctx, "POST", path, "application/json", body)
 		cancel()
-		if err == nil {
+		switch code := asStatus(err).Code; {
+		case err == nil:
 			answer.Close()
 			return
-		}
-		switch code := asStatus(err).Code; {
 		case code == http.StatusConflict: // an earlier try has posted it
 			return
 		// 401, 429 and 5xx may pass. Others do not, such as 403 in a namespace that is being deleted.
-		case code > 0 && code < 500 && code != 401 && code != 429,
-			time.Since(at) >= eventTime, a.posts.Err() != nil:
+		case code > 0 && code < 500 && code != 401 && code != 429, time.Since(at) >= eventTime:
 			slog.Warn("an Event is not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return
 		}
-		sleep(a.posts, retry.next(err))
+		time.Sleep(retry.next(err))
 	}
 }
 
 // ---- The API server ----
 
+// object is a pod or, of an ERROR event, a Status.
 type object struct {
 	Metadata struct {
 		Namespace, Name, UID, ResourceVersion string
 		Annotations                           map[string]string
 	}
-	statusError // the object of an ERROR
+	statusError
 }
 
 func (o *object) pod() (p pod, asked spec) {
@@ -1139,31 +1082,22 @@ func (o *object) pod() (p pod, asked spec) {
 	return p, asked
 }
 
-// client sends requests to the API server as the service account. Goroutines may share it.
-type client struct {
-	url, account string
-	roots        atomic.Pointer[x509.CertPool] // of the last CA bundle that could be read
-	http         http.Client                   // no Timeout: it would end watches
-}
-
-func newClient(url, account string) *client {
-	c := &client{url: url, account: account}
-	// Proxy is not set, because requests must not go through HTTPS_PROXY. Without ForceAttemptHTTP2 a
-	// DialTLSContext disables HTTP/2, and with it the pings that detect a half-open connection.
-	c.http.Transport = &http.Transport{DialTLSContext: c.dial, ForceAttemptHTTP2: true,
+// transport returns what connects to the API server, never through HTTPS_PROXY: Proxy is not set.
+// Without ForceAttemptHTTP2 there would be no HTTP/2, whose pings detect a half-open connection.
+func (a *agent) transport() *http.Transport {
+	return &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
 			MaxReceiveBufferPerStream: 256 << 10}} // no more of an answer than is read soon
-	return c
 }
 
 // dial reads the CA bundle each time, since it may be replaced. An unreadable one keeps the last.
-func (c *client) dial(ctx context.Context, network, address string) (net.Conn, error) {
+func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	roots := x509.NewCertPool()
-	if roots.AppendCertsFromPEM([]byte(readFile(c.account + "/ca.crt"))) {
-		c.roots.Store(roots)
+	if roots.AppendCertsFromPEM([]byte(readFile(a.account + "/ca.crt"))) {
+		a.roots.Store(roots)
 	}
-	if roots = c.roots.Load(); roots == nil {
-		return nil, fmt.Errorf("%s/ca.crt holds no certificate", c.account)
+	if roots = a.roots.Load(); roots == nil {
+		return nil, fmt.Errorf("%s/ca.crt holds no certificate", a.account)
 	}
 	dialer := tls.Dialer{NetDialer: &net.Dialer{Timeout: 10 * time.Second},
 		Config: &tls.Config{RootCAs: roots, NextProtos: []string{"h2", "http/1.1"}}}
@@ -1171,19 +1105,19 @@ func (c *client) dial(ctx context.Context, network, address string) (net.Conn, e
 }
 
 // do sends a request and returns the body of the answer, which the caller closes. An answer other than
-// 2xx is a *statusError. The token is read each time, because it is replaced every hour.
-func (c *client) do(ctx context.Context, verb, path, as string, body []byte) (io.ReadCloser, error) {
-	token, err := os.ReadFile(c.account + "/token")
+// 2xx is a statusError. The token is read each time, because it is replaced every hour.
+func (a *agent) do(ctx context.Context, verb, path, as string, body []byte) (io.ReadCloser, error) {
+	token, err := os.ReadFile(a.account + "/token")
 	if err != nil {
 		return nil, fmt.Errorf("the service account's token: %w", err)
 	}
-	request, err := http.NewRequestWithContext(ctx, verb, c.url+path, bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, verb, a.url+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}
 	request.Header = http.Header{"Authorization": {"Bearer " + strings.TrimSpace(string(token))},
 		"Accept": {as}, "Content-Type": {"application/json"}, "User-Agent": {"packetcapture"}}
-	response, err := c.http.Do(request)
+	response, err := a.http.Do(request)
 	if err != nil {
 		return nil, errors.Unwrap(err) // a *url.Error's, without the URL
 	}
@@ -1192,8 +1126,8 @@ func (c *client) do(ctx context.Context, verb, path, as string, body []byte) (io
 	}
 
 	defer response.Body.Close()
-	status := &statusError{Message: "no Status in the answer"} // it may be a proxy's
-	json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(status)
+	status := statusError{Message: "no Status in the answer"} // it may be a proxy's
+	json.NewDecoder(io.LimitReader(response.Body, 64<<10)).Decode(&status)
 	status.Code = response.StatusCode
 	seconds, _ := strconv.Atoi(response.Header.Get("Retry-After"))
 	status.retryAfter = time.Duration(min(max(seconds, 0), 60)) * time.Second
@@ -1202,42 +1136,40 @@ func (c *client) do(ctx context.Context, verb, path, as string, body []byte) (io
 
 // statusError is an answer of the API server other than 2xx, or an ERROR event of a watch.
 type statusError struct {
-	Code       int
-	Message    string
-	retryAfter time.Duration // the least to wait; a minute at most, whatever the server says
+	Code    int
+	Message string
+	// retryAfter is the least to wait: a minute at most, whatever the server says.
+	retryAfter time.Duration
 }
 
-func (e *statusError) Error() string {
+func (e statusError) Error() string {
 	return fmt.Sprintf("%d %s: %s", e.Code, http.StatusText(e.Code), e.Message)
 }
 
 // asStatus returns an error's statusError, which is empty if it has none.
-func asStatus(err error) statusError {
-	if status, ok := errors.AsType[*statusError](err); ok {
-		return *status
-	}
-	return statusError{}
+func asStatus(err error) (status statusError) {
+	errors.As(err, &status)
+	return status
 }
 
 // ---- cat and live: what reads a capture ----
 
 // findCapture returns the stem of a pod's capture. name is <namespace>/<pod>.
 func findCapture(root, name string) (stem string, err error) {
-	folder := filepath.Join(root, "captures")
-	namespace, pod, _ := strings.Cut(name, "/")
-	stem, err = os.Readlink(filepath.Join(folder, namespace+"_"+pod))
-	if err == nil && !strings.Contains(pod, "/") {
-		return stem, nil
+	var all []string
+	links, _ := filepath.Glob(filepath.Join(root, "captures/*"))
+	for _, link := range links {
+		captured := strings.Replace(filepath.Base(link), "_", "/", 1)
+		if captured == name {
+			return os.Readlink(link)
+		}
+		all = append(all, captured)
 	}
-	all, _ := fs.Glob(os.DirFS(folder), "*") // no name has a "_" but the one between the two
-	return "", fmt.Errorf("%q is not captured here: accepted is <namespace>/<pod>, of %s",
-		cut(name), strings.ReplaceAll(fmt.Sprintf("%q", all), "_", "/"))
+	return "", fmt.Errorf("%q is not captured here: accepted is <namespace>/<pod>, of %q", cut(name), all)
 }
 
-const (
-	pcapHeader   = 24 // bytes of a file's header, the same in all files of a capture
-	packetHeader = 16 // and of a packet's: seconds, fraction, captured length, length; of 4 bytes each
-)
+// These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
+const pcapHeader, packetHeader = 24, 16
 
 // cat writes the files of a capture as one pcap, the oldest one first. It prints to stderr how much it
 // wrote, because kubectl exec may cut off a slow reader and still exit with 0.
@@ -1247,19 +1179,18 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 		return err
 	}
 	paths, _ := findFiles(stem)
-	// These are each file's header and its first packet's header. If they change, it was overwritten.
-	heads := map[string][]byte{}
-	paths = slices.DeleteFunc(paths, func(path string) bool {
-		file, _ := os.Open(path)
-		defer file.Close()
-		heads[path], _ = io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
-		return len(heads[path]) < pcapHeader // it has just been begun
-	})
+	heads := map[string]string{}
+	for _, path := range paths {
+		heads[path] = head(path)
+	}
 
 	packets, written := 0, 0
 	for _, path := range paths {
-		data, err := os.ReadFile(path)
-		if err != nil || !bytes.HasPrefix(data, heads[path]) {
+		if len(heads[path]) < pcapHeader {
+			continue // it had just been begun
+		}
+		data, _ := os.ReadFile(path)
+		if !strings.HasPrefix(head(path), heads[path]) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
 		}
@@ -1272,12 +1203,17 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	if written == 0 {
 		return fmt.Errorf("%s has no file to read yet: kubectl describe pod tells why", name)
 	}
-	noun := "packets"
-	if packets == 1 {
-		noun = "packet"
-	}
+	noun := map[bool]string{true: "packet", false: "packets"}[packets == 1]
 	fmt.Fprintf(stderr, "%d %s, %d bytes\n", packets, noun, written)
 	return nil
+}
+
+// head returns the headers of a file and its first packet. If they change, the file is overwritten.
+func head(path string) string {
+	file, _ := os.Open(path)
+	defer file.Close()
+	head, _ := io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
+	return string(head)
 }
 
 // countPackets counts the whole packets of a file, and returns where the last one ends.
@@ -1292,25 +1228,34 @@ func countPackets(data []byte) (count, end int) {
 	return count, end
 }
 
-// liveView writes a capture's packets to stdout as they arrive, from a second tcpdump in the same
-// network. It ends when the capture's tcpdump ends, or when stdin does: that is the only sign that the
-// kubectl exec that started it has gone.
+// liveView writes a capture's packets to stdout as they arrive, from a second tcpdump in its network.
+// It ends with the capture's tcpdump, or with stdin: the only sign that kubectl exec has gone.
 func liveView(ctx context.Context, root, name string) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
 		return err
 	}
-	captures, network, shared := findTcpdump(stem)
-	if captures == nil {
+	process := ""
+	all, _ := filepath.Glob("/proc/[1-9]*")
+	for _, each := range all {
+		if sharedArguments(each, stem) != nil {
+			process = each
+		}
+	}
+	// The arguments are read again, so that the network that was opened is this process's.
+	network, _ := os.Open(process + "/ns/net")
+	shared := sharedArguments(process, stem)
+	if shared == nil {
 		return fmt.Errorf("no tcpdump captures %s now: kubectl describe pod tells why", name)
 	}
+
 	ctx, stop := context.WithCancelCause(ctx)
 	go func() {
 		io.Copy(io.Discard, os.Stdin)
 		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
 	}()
 	go func() {
-		for isAlive(captures) {
+		for sharedArguments(process, stem) != nil {
 			time.Sleep(100 * time.Millisecond)
 		}
 		stop(nil)
@@ -1329,29 +1274,17 @@ func liveView(ctx context.Context, root, name string) error {
 	return nil
 }
 
-// findTcpdump finds the tcpdump that writes a capture's files, by its arguments. It must be in this
-// container, because a process of another pod may have the same ones. It returns the process, its open
-// network, and its arguments after the path.
-func findTcpdump(stem string) (tcpdump *os.Process, network *os.File, shared []string) {
-	own, _ := os.Readlink("/proc/self/ns/mnt")
-	dirs, _ := filepath.Glob("/proc/[1-9]*")
-	for _, dir := range dirs {
-		pid, _ := strconv.Atoi(filepath.Base(dir))
-		tcpdump, _ := os.FindProcess(pid)
-		network, _ := os.Open(dir + "/ns/net")
-		mounts, _ := os.Readlink(dir + "/ns/mnt")
-		words := strings.Split(strings.TrimSuffix(readFile(dir+"/cmdline"), "\x00"), "\x00")
-		i := slices.Index(words, stem)
-		if mounts == own && words[0] == "tcpdump" && i > 0 && words[i-1] == "-w" && isAlive(tcpdump) {
-			return tcpdump, network, words[i+1:]
-		}
-		network.Close()
+// sharedArguments returns the arguments of a capture's tcpdump after the path of its files, and nil if
+// the process is not that tcpdump. It must be in this container: another pod can imitate it.
+func sharedArguments(process, stem string) []string {
+	ours, _ := os.Readlink("/proc/self/ns/mnt")
+	mounts, _ := os.Readlink(process + "/ns/mnt")
+	before, after, found := strings.Cut(readFile(process+"/cmdline"), "\x00-w\x00"+stem+"\x00")
+	if !found || mounts != ours || !strings.HasPrefix(before, "tcpdump\x00") {
+		return nil
 	}
-	return nil, nil, nil
+	return strings.Split(strings.TrimSuffix(after, "\x00"), "\x00")
 }
-
-// isAlive reports whether a process still runs. A process that has reused its PID does not count.
-func isAlive(process *os.Process) bool { return process.Signal(syscall.Signal(0)) == nil }
 
 // ---- Helpers ----
 
@@ -1366,10 +1299,9 @@ func (b *backoff) next(err error) time.Duration {
 }
 
 func sleep(ctx context.Context, wait time.Duration) {
-	select {
-	case <-time.After(wait):
-	case <-ctx.Done():
-	}
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	<-ctx.Done()
 }
 
 // cut shortens a text that comes from outside, and marks the cut with "…".

@@ -177,6 +177,10 @@ func TestStart(t *testing.T) {
 	says(t, begin("/none", t.TempDir()), "for which hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
 		"that allows ptrace (Unconfined) are needed: readlink /none/1/ns/net: no such file")
 	says(t, run(t.Context(), []string{"help"}), `"help" is no command: accepted are cat and live`)
+	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
+	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
+	t.Setenv("NODE_NAME", "")
+	says(t, run(t.Context(), nil), "NODE_NAME is empty")
 }
 
 // ---- The watch, and the annotations ----
@@ -476,11 +480,11 @@ func TestRestarts(t *testing.T) {
 		w.kids.behave(behaviour{startup: time.Second, deaf: true, immortal: true})
 		w.born(50, web)
 		w.kids.behave(behaviour{})
-		w.see(web.of("4")) // before it has started: no Event says that it has
-		w.after(time.Hour, files{"web": 3},
+		w.see(web.of("4"))
+		w.after(time.Hour, files{"web": 3}, started+": 3 files",
 			failed+": tcpdump (PID 100000) can't be ended: SIGTERM and SIGKILL were sent")
 		w.kids.last().exit(closing, errKilled)
-		w.after(0, files{"web": 4}, started)
+		w.after(0, files{"web": 4}, stopped, started+": 4 files")
 
 		w.kids.behave(behaviour{refusal: syscall.EAGAIN})
 		w.kids.last().exit("", errKilled)
@@ -855,21 +859,22 @@ func TestConnection(t *testing.T) {
 	server.EnableHTTP2 = true
 	server.StartTLS()
 	defer server.Close()
-	c := newClient(server.URL, testConfig(t, "", "").account)
+	a := &agent{config: testConfig(t, "", "")}
+	a.url, a.http.Transport = server.URL, a.transport()
 	get := func() error {
-		defer c.http.CloseIdleConnections()
-		_, err := c.do(t.Context(), "GET", "/", "", nil)
+		defer a.http.CloseIdleConnections()
+		_, err := a.do(t.Context(), "GET", "/", "", nil)
 		return err
 	}
 	says(t, get(), "ca.crt holds no certificate")
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
-	must(t, os.WriteFile(c.account+"/ca.crt", ca, 0o600), get(), os.Truncate(c.account+"/ca.crt", 100), get())
-	c.url = strings.Replace(server.URL, "127.0.0.1", "localhost", 1)
+	must(t, os.WriteFile(a.account+"/ca.crt", ca, 0o600), get(), os.Truncate(a.account+"/ca.crt", 100), get())
+	a.url = strings.Replace(server.URL, "127.0.0.1", "localhost", 1)
 	says(t, get(), "certificate is valid for example.com")
 	is(t, "HTTP's versions", versions, []int{2, 2})
 
 	simulate(t, 0, func(w *world) {
-		transport := newClient("https://kubernetes.test", w.account).http.Transport.(*http.Transport)
+		transport := w.agent.transport()
 		transport.DialTLSContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			ours, theirs := net.Pipe()
 			w.Cleanup(func() { theirs.Close() })
@@ -877,7 +882,7 @@ func TestConnection(t *testing.T) {
 			conn := tls.Client(ours, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 			return conn, conn.HandshakeContext(ctx)
 		}
-		w.agent.api.http.Transport = transport
+		w.agent.http.Transport = transport
 		w.marked()
 		w.api.push("", ends)
 		w.pass(50 * time.Second)
@@ -967,4 +972,5 @@ func TestCat(t *testing.T) {
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read yet")
+	says(t, liveView(t.Context(), root, "default/web"), "no tcpdump captures default/web now")
 }

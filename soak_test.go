@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -126,6 +127,7 @@ func walk(t *testing.T, seed uint64, steps int) {
 	}
 	w.quiet()
 	w.halt()
+	time.Sleep(time.Hour) // until no Event is tried any more
 }
 
 // ---- The program ----
@@ -139,11 +141,21 @@ func (w *walker) boot() {
 	cfg.account, cfg.limit = w.api.account, w.limit
 	a, err := newAgent(cfg)
 	must(w, err)
-	a.api.http.Transport, a.start, a.ready = w, w.start, func() {}
+	var hasEnded atomic.Bool
+	a.http.Transport = transport(func(r *http.Request) (*http.Response, error) {
+		if hasEnded.Load() {
+			return refusal(403, "the end of the process ends what is still tried"), nil
+		}
+		return w.RoundTrip(r)
+	})
+	a.start, a.ready = w.start, func() {}
 	w.told.Clear()
 	ctx, end := context.WithCancel(context.Background())
 	w.end = end
-	w.program.Go(func() { a.run(ctx) })
+	w.program.Go(func() {
+		a.run(ctx)
+		hasEnded.Store(true)
+	})
 }
 
 // halt ends the program as SIGTERM does: within 5 s, and nothing is left.
@@ -550,7 +562,7 @@ func fuzzed(t testing.TB, server transport) *podWatch {
 	cfg.limit = 100
 	a, err := newAgent(cfg)
 	must(t, err)
-	a.api.http.Transport, a.ready = server, func() {}
+	a.http.Transport, a.ready = server, func() {}
 	a.start = func(context.Context, *os.File, ...string) (*process, error) {
 		return &process{stderr: strings.NewReader(""), wait: func() error { return nil }}, nil
 	}
@@ -575,7 +587,7 @@ func FuzzAnnotations(f *testing.F) {
 			var o object
 			o.Metadata.Annotations = map[string]string{annotation: "5", name: text}
 			p, asked := o.pod()
-			refusal := w.refusal(t.Context(), &capture{agent: w.agent, pod: p}, asked)
+			refusal := (&capture{agent: w.agent, pod: p}).refusal(t.Context(), asked)
 			isText := len(refusal) <= 1000 && utf8.ValidString(refusal) && !strings.ContainsFunc(refusal, isControl)
 			if (refusal == "") != isValid || !isText {
 				t.Errorf("%s=%q is valid: %v; refused with %q", name, text, isValid, refusal)
@@ -616,7 +628,6 @@ func FuzzWatch(f *testing.F) {
 			if watches > 160 {
 				t.Errorf("%q: more than 160 watches in a minute", text)
 			}
-			w.agent.endPosts()
 			w.agent.alive.Wait()
 		})
 	})

@@ -50,7 +50,7 @@ func newRealNode(t *testing.T, diskFree int64) *realNode {
 	a, err := newAgent(config{nodeName: "node-1", url: "https://127.0.0.1:1", account: n.api.account,
 		proc: n.proc, root: n.root, limit: 1 << 20, diskFree: diskFree})
 	must(t, err)
-	a.api.http.Transport, n.podWatch = n.api, newPodWatch(a)
+	a.http.Transport, n.podWatch = n.api, newPodWatch(a)
 	ctx, stop := context.WithCancel(context.Background())
 	n.ctx = ctx
 	// At the end no process and no file may be left, and no Warning that nobody has waited for.
@@ -359,8 +359,8 @@ func TestLive(t *testing.T) {
 		stdin, err := imitation.StdinPipe()
 		must(t, err, imitation.Start())
 		web.until("it looks like tcpdump", func() bool { return web.pid() != 0 })
-		stat, _, _ := findTcpdump(web.stem)
-		is(t, "it is taken for the capture's by "+way, stat != nil, isOurs)
+		shared := sharedArguments(fmt.Sprint("/proc/", web.pid()), web.stem)
+		is(t, "it is taken for the capture's by "+way, shared != nil, isOurs)
 		must(t, stdin.Close(), imitation.Wait())
 	}
 	web.see(spec{value: "1", filter: "udp port 4001"}, "CaptureStarted", "")
