@@ -511,8 +511,8 @@ func (c *capture) live(ctx context.Context, asked spec) {
 // await returns the pod's network once nothing is missing for a capture, or when ctx ends. An Event
 // names what has been missing for waitingTime, once.
 func (c *capture) await(ctx context.Context) (s sandbox) {
-	missing, told, poll := "", "", birthPoll
-	for began := time.Now(); ctx.Err() == nil; sleep(ctx, poll) {
+	missing, told := "", ""
+	for began := time.Now(); ctx.Err() == nil; {
 		if s, missing = c.look(s); missing == "" {
 			break
 		}
@@ -523,9 +523,6 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 		}
 
 		waited := time.Since(began)
-		if waited >= birthTime {
-			poll = time.Second
-		}
 		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
 			told = what
 			if _, size := findFiles(c.stem); c.counts == "" {
@@ -535,6 +532,14 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 					"the annotation or the pod goes", c.counts, what, size)
 			}
 		}
+		poll := birthPoll
+		if waited >= birthTime {
+			poll = time.Second
+		} else if s.network != "" { // an interface, room or disk space is missing
+			poll = 10 * birthPoll
+		}
+		// All captures look at the same moments, so that the program wakes up less often.
+		sleep(ctx, time.Until(time.Now().Truncate(poll).Add(poll)))
 	}
 	return s
 }
@@ -809,8 +814,9 @@ func findFiles(stem string) (paths []string, size int64) {
 // cgroups is the kernel's tree of cgroups. It shows whether a pod is on the node, and its processes.
 type cgroups struct {
 	// hostNet is the network of the host's first process. tree is the root of the cgroups, with cgroup
-	// v1 that of one hierarchy, and kubepods has those of the pods.
-	proc, hostNet, tree, kubepods string
+	// v1 that of one hierarchy. classes have those of the pods, one for each QoS class.
+	proc, hostNet, tree string
+	classes             []string
 	// mu guards strays, the cgroups in which a pod's containers may be beside its own, as listed last.
 	mu     sync.Mutex
 	strays []string
@@ -840,7 +846,7 @@ func newCgroups(proc string) (g *cgroups, err error) {
 	for _, g.tree = range []string{root + "/systemd", root + "/pids", root} {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
 			if found, _ := filepath.Glob(g.tree + name); len(found) > 0 {
-				g.kubepods = found[0]
+				g.classes = []string{below(found[0], "burstable"), below(found[0], "besteffort"), found[0]}
 				return g, nil
 			}
 		}
@@ -854,8 +860,7 @@ func (g *cgroups) of(p pod) string {
 	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
 		return "" // it must not become a part of a path
 	}
-	burstable, bestEffort := below(g.kubepods, "burstable"), below(g.kubepods, "besteffort")
-	for _, class := range []string{burstable, bestEffort, g.kubepods} {
+	for _, class := range g.classes {
 		cgroup := below(class, "pod"+p.kubeletUID)
 		if _, err := os.Stat(cgroup); err == nil {
 			return cgroup
@@ -882,7 +887,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	if s, isPods := g.sandboxOf(last.pid); isPods && s.network == last.network {
 		return s, true
 	}
-	pids := processesIn(cgroup)
+	pids := processesIn(cgroupsIn(cgroup))
 	if len(pids) == 0 {
 		pids = g.strayProcesses(filepath.Base(cgroup) + ":")
 	}
@@ -930,10 +935,9 @@ func (g *cgroups) open(s sandbox) (*os.File, error) {
 	return file, nil
 }
 
-// processesIn returns the processes in a cgroup and below.
-func processesIn(cgroup string) (pids []string) {
-	for _, each := range cgroupsIn(cgroup) {
-		pids = append(pids, strings.Fields(readFile(each+"/cgroup.procs"))...)
+func processesIn(cgroups []string) (pids []string) {
+	for _, cgroup := range cgroups {
+		pids = append(pids, strings.Fields(readFile(cgroup+"/cgroup.procs"))...)
 	}
 	return pids
 }
@@ -948,7 +952,7 @@ func (g *cgroups) strayProcesses(prefix string) (pids []string) {
 	}
 	for _, stray := range g.strays {
 		if strings.HasPrefix(filepath.Base(stray), prefix) {
-			pids = append(pids, processesIn(stray)...)
+			pids = append(pids, processesIn(cgroupsIn(stray))...)
 		}
 	}
 	return pids
