@@ -273,10 +273,11 @@ func (w *podWatch) follow(ctx context.Context) {
 		version := w.version
 		err := w.watch(ctx)
 		switch {
-		case asStatus(err).Code == http.StatusGone && version != anyVersion,
-			err == nil && w.version == version:
-			// Start over: the server no longer has the history since our version. Or a whole watch did not
-			// advance it, not even by a bookmark: after a restore of etcd the server may be behind it.
+		case asStatus(err).Code == http.StatusGone && version != anyVersion:
+			// The server no longer has the history since that version.
+			w.version = anyVersion
+		case err == nil && w.version == version:
+			// Not even a bookmark came: after a restore of etcd the server may be behind that version.
 			w.version = anyVersion
 		case err != nil && ctx.Err() == nil:
 			// The same error is logged once. Digits are ignored: a port in its text differs each time.
@@ -348,6 +349,7 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 
 	w.delivered[p.uid] = true
 	if w.version == anyVersion {
+		// Until the list is complete, a watch that breaks must begin with all pods again.
 		if e.Type == "ADDED" {
 			return nil
 		}
@@ -405,7 +407,7 @@ func (w *podWatch) forget(uid string) {
 }
 
 // refusal says why annotations are invalid, and what is accepted. If they are valid, it returns "", and
-// a capture that has room has enough of it for the new number of files.
+// a capture that has room has been given enough for the new number of files.
 func (c *capture) refusal(ctx context.Context, asked spec) string {
 	refuse := func(annotation, value, accepted string) string {
 		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
@@ -463,10 +465,11 @@ type capture struct {
 
 	// turn lets one goroutine work at a time. One that was replaced before its turn does nothing.
 	turn chan struct{}
-	// The goroutine whose turn it is uses these. counts is what the last tcpdump counted. It is "" while
-	// nothing is captured, so that no packets can be in the files.
-	spec   spec
-	counts string
+	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
+	// counts is what the last tcpdump counted.
+	spec     spec
+	captured bool
+	counts   string
 
 	// stem is the path of the files without their digits, and link is the one in /captures to it. They
 	// are "" while the capture has no room. told is the last message.
@@ -480,7 +483,8 @@ func (c *capture) live(ctx context.Context, asked spec) {
 	defer func() { <-c.turn }()
 	c.spec = asked
 
-	for s, retry := c.await(ctx), tcpdumpBackoff; ctx.Err() == nil; s = c.await(ctx) {
+	retry := tcpdumpBackoff
+	for s := c.await(ctx); ctx.Err() == nil; s = c.await(ctx) {
 		began := time.Now()
 		err := c.runTcpdump(ctx, s)
 		// After a run of more than a minute the pauses begin small again.
@@ -493,17 +497,19 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		case err == errFull || found.network == s.network:
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
-		case hasNetwork && c.counts != "":
+		case hasNetwork && c.captured:
 			c.tell("Normal", "CaptureStopped",
 				"Stopped: %s; the pod's new network is captured from now on", c.counts)
 		}
 	}
 
-	if c.counts == "" && context.Cause(ctx) != errReplaced {
+	// Otherwise the next goroutine takes the room.
+	isLast := context.Cause(ctx) != errReplaced
+	if isLast && !c.captured {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
 	c.clear()
-	if context.Cause(ctx) != errReplaced {
+	if isLast {
 		c.giveRoom()
 	}
 }
@@ -517,7 +523,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 			break
 		}
 		// A capture that waits holds no room.
-		if c.counts == "" {
+		if !c.captured {
 			c.clear()
 			c.giveRoom()
 		}
@@ -525,11 +531,11 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 		waited := time.Since(began)
 		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
 			told = what
-			if _, size := findFiles(c.stem); c.counts == "" {
+			if _, size := findFiles(c.stem); !c.captured {
 				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
 			} else {
 				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
-					"the annotation or the pod goes", c.counts, what, size)
+					"it is back, or the annotation or the pod goes", c.counts, what, size)
 			}
 		}
 		poll := birthPoll
@@ -551,7 +557,7 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	switch {
 	case !ok:
 		return s, "the pod's network: it does not run yet, or has ended"
-	// tcpdump would take "2" for the second interface, and nflog, which is none, for a device.
+	// tcpdump would accept more: "2" for the second interface, and nflog, which is none.
 	case device != "any" && !slices.Contains(s.interfaces, device):
 		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
 	}
@@ -566,10 +572,10 @@ func (c *capture) clear() {
 			slog.Error("a file can't be deleted", "error", err)
 		}
 	}
-	if c.counts != "" {
+	if c.captured {
 		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
-		c.counts = ""
 	}
+	c.captured = false
 }
 
 // tellStarted reports that tcpdump captures. Anything unusual makes the Event a Warning.
@@ -584,12 +590,12 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 		}
 	}
 	warn(s.isHost, "this pod has the host's network, so the files hold the whole node's traffic")
-	warn(c.counts != "", "tcpdump began again at the first file, and the packets in that one are lost")
+	warn(c.captured, "tcpdump began again at the first file, and the packets in that one are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
 		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
 	// If tcpdump is killed from now on, it can't say how many packets it has written.
-	c.counts = "an unknown number of packets captured"
+	c.captured, c.counts = true, "an unknown number of packets captured"
 }
 
 // ---- tcpdump: one run of it ----
@@ -740,8 +746,8 @@ func (c *capture) takeRoom() (missing string) {
 	return ""
 }
 
-// reserveRoom enlarges the room of a capture that has some to n files, and returns how many it may have.
-// If these are less than n, it changes nothing.
+// reserveRoom enlarges the room of a capture that has some to n files, and returns how many it may
+// have. If that is less than n, it changes nothing.
 func (c *capture) reserveRoom(n int) (free int) {
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
@@ -843,10 +849,12 @@ func newCgroups(proc string) (g *cgroups, err error) {
 		return nil, err
 	}
 	root := proc + "/1/root/sys/fs/cgroup"
-	for _, g.tree = range []string{root + "/systemd", root + "/pids", root} {
+	for _, tree := range []string{root + "/systemd", root + "/pids", root} {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
-			if found, _ := filepath.Glob(g.tree + name); len(found) > 0 {
-				g.classes = []string{below(found[0], "burstable"), below(found[0], "besteffort"), found[0]}
+			if found, _ := filepath.Glob(tree + name); len(found) > 0 {
+				kubepods := found[0]
+				g.classes = []string{below(kubepods, "burstable"), below(kubepods, "besteffort"), kubepods}
+				g.tree = tree
 				return g, nil
 			}
 		}
@@ -884,7 +892,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	if cgroup == "" {
 		return s, false
 	}
-	if s, isPods := g.sandboxOf(last.pid); isPods && s.network == last.network {
+	if s, inPod := g.sandboxOf(last.pid); inPod && s.network == last.network {
 		return s, true
 	}
 	pids := processesIn(cgroupsIn(cgroup))
@@ -894,16 +902,16 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 	oldest := uint64(math.MaxUint64)
 	for _, pid := range pids {
 		born := g.startTime(pid)
-		if now, isPods := g.sandboxOf(pid); isPods && born < oldest {
+		if now, inPod := g.sandboxOf(pid); inPod && born < oldest {
 			s, ok, oldest = now, true, born
 		}
 	}
 	return s, ok
 }
 
-// sandboxOf returns the network of a process, and whether it is its pod's. gVisor's gofer has another,
-// without eth0. A process with the host's network and root is the runtime's, yet to enter the pod's.
-func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
+// sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has another
+// one, without eth0. A process with the host's network and root is the runtime's, and still to enter.
+func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	dir := filepath.Join(g.proc, pid)
 	network, err := os.Readlink(dir + "/ns/net")
 	if err != nil {
@@ -928,9 +936,12 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, isPods bool) {
 // name of what was opened is compared.
 func (g *cgroups) open(s sandbox) (*os.File, error) {
 	file, err := os.Open(filepath.Join(g.proc, s.pid, "ns/net"))
+	if err != nil {
+		return nil, err
+	}
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", file.Fd())); opened != s.network {
 		file.Close()
-		return nil, cmp.Or(err, errors.New("the process that it was found by has ended"))
+		return nil, errors.New("the process that it was found by has ended")
 	}
 	return file, nil
 }
@@ -1187,6 +1198,8 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	for _, path := range paths {
 		heads[path] = head(path)
 	}
+	// Their order is that of after the heads, so that a file that was overwritten meanwhile is noticed.
+	paths, _ = findFiles(stem)
 
 	packets, written := 0, 0
 	for _, path := range paths {
@@ -1194,7 +1207,7 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 			continue // it had just been begun
 		}
 		data, _ := os.ReadFile(path)
-		if !strings.HasPrefix(head(path), heads[path]) {
+		if len(data) < pcapHeader || !strings.HasPrefix(head(path), heads[path]) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
 		}

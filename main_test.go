@@ -414,7 +414,7 @@ func TestWaiting(t *testing.T) {
 // says so if the pod is still there some seconds later. A new network is captured.
 func TestFinishedPod(t *testing.T) {
 	const counted = stopped + ": Stopped: 7 packets captured, 2 dropped by the kernel"
-	const gone = "; the pod's network is gone, the files (300 bytes) stay until the annotation or the pod goes"
+	const gone = "; the pod's network is gone, the files (300 bytes) stay until it is back, or the annotation or the pod goes"
 	const deleted = "; its files (300 bytes) are deleted"
 	simulate(t, 5, func(w *world) {
 		w.born(50, web)
