@@ -471,8 +471,8 @@ type capture struct {
 	captured bool
 	counts   string
 
-	// stem is the path of the files without their digits, and link is the one in /captures to it. They
-	// are "" while the capture has no room. told is the last message.
+	// stem is the path of the files without their digits, "" while the capture has no room. link is the
+	// one in /captures to it. told is the last message.
 	stem, link, told string
 }
 
@@ -545,7 +545,8 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 			poll = 10 * birthPoll
 		}
 		// All captures look at the same moments, so that the program wakes up less often.
-		sleep(ctx, time.Until(time.Now().Truncate(poll).Add(poll)))
+		now := time.Now()
+		sleep(ctx, now.Truncate(poll).Add(poll).Sub(now))
 	}
 	return s
 }
@@ -627,7 +628,11 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	ended, end := context.WithCancel(context.Background())
 	defer end()
 	c.agent.alive.Go(func() { c.oversee(running, ended, stop, s, tcpdump.pid) })
-	counts, err := tcpdump.read(func(warning string) { c.tellStarted(s, warning) })
+	counts, err := tcpdump.read(func(warning string) {
+		if ctx.Err() == nil {
+			c.tellStarted(s, warning)
+		}
+	})
 	c.counts = cmp.Or(counts, c.counts)
 	status := cmp.Or(err, errors.New("exit status 0"))
 	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
@@ -1175,8 +1180,8 @@ func findCapture(root, name string) (stem string, err error) {
 	links, _ := filepath.Glob(filepath.Join(root, "captures/*"))
 	for _, link := range links {
 		captured := strings.Replace(filepath.Base(link), "_", "/", 1)
-		if captured == name {
-			return os.Readlink(link)
+		if stem, err = os.Readlink(link); err == nil && captured == name {
+			return stem, nil
 		}
 		all = append(all, captured)
 	}
@@ -1206,8 +1211,9 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 		if len(heads[path]) < pcapHeader {
 			continue // it had just been begun
 		}
-		data, _ := os.ReadFile(path)
-		if len(data) < pcapHeader || !strings.HasPrefix(head(path), heads[path]) {
+		data, err := os.ReadFile(path)
+		first := string(data[:min(len(data), pcapHeader+packetHeader)])
+		if err != nil || !strings.HasPrefix(first, heads[path]) || !strings.HasPrefix(head(path), first) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
 		}
