@@ -867,19 +867,18 @@ func newCgroups(proc string) (g *cgroups, err error) {
 	return nil, fmt.Errorf("no cgroup kubepods is in %s, nor in systemd or pids below it", root)
 }
 
-// of returns the path of a pod's cgroup. It is "" before the kubelet has made it, and 1 to 2 s after
-// the pod's last container has ended.
-func (g *cgroups) of(p pod) string {
+// of returns a pod's cgroup and all below it. There is none before the kubelet has made it, and 1 to 2 s
+// after the pod's last container has ended.
+func (g *cgroups) of(p pod) []string {
 	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
-		return "" // it must not become a part of a path
+		return nil // it must not become a part of a path
 	}
 	for _, class := range g.classes {
-		cgroup := below(class, "pod"+p.kubeletUID)
-		if _, err := os.Stat(cgroup); err == nil {
-			return cgroup
+		if all := cgroupsIn(below(class, "pod"+p.kubeletUID)); len(all) > 0 {
+			return all
 		}
 	}
-	return ""
+	return nil
 }
 
 // below returns the path of a cgroup in another one, whose name systemd repeats.
@@ -893,16 +892,16 @@ func below(cgroup, name string) string {
 // find returns a pod's network: that of its oldest process, since containers may create networks of
 // their own. As long as last.pid is still in last.network, it returns that one.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
-	cgroup := g.of(p)
-	if cgroup == "" {
+	all := g.of(p)
+	if len(all) == 0 {
 		return s, false
 	}
 	if s, inPod := g.sandboxOf(last.pid); inPod && s.network == last.network {
 		return s, true
 	}
-	pids := processesIn(cgroupsIn(cgroup))
+	pids := processesIn(all)
 	if len(pids) == 0 {
-		pids = g.strayProcesses(filepath.Base(cgroup) + ":")
+		pids = g.strayProcesses(filepath.Base(all[0]) + ":")
 	}
 	oldest := uint64(math.MaxUint64)
 	for _, pid := range pids {
@@ -974,12 +973,15 @@ func (g *cgroups) strayProcesses(prefix string) (pids []string) {
 	return pids
 }
 
-// cgroupsIn returns a cgroup and all below it.
+// cgroupsIn returns a cgroup and all below it, if it exists.
 func cgroupsIn(cgroup string) []string {
+	var stat syscall.Stat_t
+	if syscall.Stat(cgroup, &stat) != nil {
+		return nil
+	}
 	all := []string{cgroup}
 	// A folder has two links and one for each folder in it, so one with two need not be read.
-	var stat syscall.Stat_t
-	if syscall.Stat(cgroup, &stat); stat.Nlink == 2 {
+	if stat.Nlink == 2 {
 		return all
 	}
 	entries, _ := os.ReadDir(cgroup)

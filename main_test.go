@@ -677,7 +677,7 @@ func TestCgroupNames(t *testing.T) {
 	must(t, err)
 	for _, uid := range []string{"", "..", "xyz", uidA + "/cafe", uidA + "/", "/", "*"} {
 		proc.make("/kubepods/pod" + uid)
-		is(t, fmt.Sprintf("cgroup of %q", uid), g.of(podNamed("web", uid, "3").pod), "")
+		is(t, fmt.Sprintf("cgroup of %q", uid), g.of(podNamed("web", uid, "3").pod), nil)
 	}
 }
 
