@@ -1226,7 +1226,7 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 		}
 	}
 	if written == 0 {
-		return fmt.Errorf("%s has no file to read yet: kubectl describe pod tells why", name)
+		return fmt.Errorf("%s has no file to read now: try again, or see kubectl describe pod", name)
 	}
 	noun := map[bool]string{true: "packet", false: "packets"}[packets == 1]
 	fmt.Fprintf(stderr, "%d %s, %d bytes\n", packets, noun, written)
@@ -1291,11 +1291,12 @@ func liveView(ctx context.Context, root, name string) error {
 	if err == nil {
 		counts, err = tcpdump.read(func(string) {})
 	}
+	if counts != "" { // in a flood packets are dropped
+		fmt.Fprintln(os.Stderr, "In this view:", counts)
+	}
 	if cause := context.Cause(ctx); cause != context.Canceled {
 		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
 	}
-	// tcpdump drops packets in a flood.
-	fmt.Fprintln(os.Stderr, "The capture's tcpdump has ended. In this view:", counts)
 	return nil
 }
 

@@ -971,6 +971,6 @@ func TestCat(t *testing.T) {
 			`<namespace>/<pod>, of ["default/web" "ns2/db"]`)
 		is(t, name+": written", out.String()+said.String(), "")
 	}
-	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read yet")
+	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")
 	says(t, liveView(t.Context(), root, "default/web"), "no tcpdump captures default/web now")
 }

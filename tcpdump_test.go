@@ -384,6 +384,6 @@ func TestLive(t *testing.T) {
 		}
 		is(t, "it ends without an error", cmd.Wait() == nil, isStopped)
 		counts := "In this view: 1 packet captured, 0 dropped by the kernel\n"
-		is(t, "it says what it had", strings.HasSuffix(said.String(), counts), isStopped)
+		is(t, "it says what it had", strings.Contains(said.String(), counts), true)
 	}
 }

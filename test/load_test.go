@@ -126,27 +126,17 @@ func frame(kind, name, uid, files string, size int) []byte {
 
 func (l *loaded) web(files string) { l.frames <- frame("MODIFIED", "web", loadUID, files, 3000) }
 
-func (l *loaded) until(what string, done func() bool) time.Time {
-	l.Helper()
-	for deadline := time.Now().Add(patience); !done(); time.Sleep(200 * time.Microsecond) {
-		if time.Now().After(deadline) {
-			l.Fatalf("not within %v: %s", patience, what)
-		}
-	}
-	return time.Now()
-}
-
 // stops is the median of how long after a stop was told the file of web is gone.
 func (l *loaded) stops(times int, tell func()) time.Duration {
 	var took []time.Duration
 	for range times {
 		l.web("1")
 		isThere := func() bool { return exists(filepath.Join(l.root, "capture-web.pcap")) }
-		l.until("a file", isThere)
+		closely(l, "a file", isThere)
 		time.Sleep(300 * time.Millisecond) // it captures quietly
 		began := time.Now()
 		tell()
-		took = append(took, l.until("no file", func() bool { return !isThere() }).Sub(began))
+		took = append(took, closely(l, "no file", func() bool { return !isThere() }).Sub(began))
 	}
 	return median(took)
 }

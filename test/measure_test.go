@@ -159,11 +159,11 @@ func cpu(pid int) (spent time.Duration) {
 }
 
 // closely polls often: what is measured are milliseconds.
-func (c *cluster) closely(what string, done func() bool) time.Time {
-	c.Helper()
+func closely(t testing.TB, what string, done func() bool) time.Time {
+	t.Helper()
 	for deadline := time.Now().Add(patience); !done(); time.Sleep(200 * time.Microsecond) {
 		if time.Now().After(deadline) {
-			c.Fatalf("%s: not within %v", what, patience)
+			t.Fatalf("%s: not within %v", what, patience)
 		}
 	}
 	return time.Now()
@@ -269,12 +269,12 @@ func (m *measurement) one(raw chan rawEvent) {
 	for range 20 {
 		drain(raw)
 		began := m.patch(m.namespace, "web", files(`"2"`))
-		start = append(start, m.closely("a file", func() bool { return exists(file) }).Sub(began))
+		start = append(start, closely(m, "a file", func() bool { return exists(file) }).Sub(began))
 		started = append(started, (<-raw).Sub(began))
 
 		began = time.Now()
 		floor := plain(sleeper, floorFile)
-		run = append(run, m.closely("the floor's file", func() bool { return exists(floorFile + "0") }).Sub(began))
+		run = append(run, closely(m, "the floor's file", func() bool { return exists(floorFile + "0") }).Sub(began))
 		quietly(200 * time.Millisecond)
 		for _, pid := range m.hostPIDs("tcpdump", "/capture-web.pcap") {
 			words := strings.Split(readFile(fmt.Sprintf("/proc/%d/cmdline", pid)), "\x00")
@@ -286,7 +286,7 @@ func (m *measurement) one(raw chan rawEvent) {
 		}
 
 		began = m.patch(m.namespace, "web", files("null"))
-		stop = append(stop, m.closely("no file", func() bool { return !exists(file) }).Sub(began))
+		stop = append(stop, closely(m, "no file", func() bool { return !exists(file) }).Sub(began))
 		stopped = append(stopped, (<-raw).Sub(began))
 		began = time.Now()
 		floor.Process.Signal(syscall.SIGTERM)
@@ -312,23 +312,23 @@ func (m *measurement) another() {
 	m.patch(m.namespace, "web", files(`"2"`))
 	last, floor := m.root+"/capture-web.pcap0", plain(sleeper, floorFile)
 	for i := range 20 {
-		m.closely("a file", func() bool { return exists(last) && exists(floorFile+"0") })
+		closely(m, "a file", func() bool { return exists(last) && exists(floorFile+"0") })
 		quietly(300 * time.Millisecond)
 		last = m.root + []string{"/capture-web.pcap00", "/capture-web.pcap0"}[i%2]
 		began := m.patch(m.namespace, "web", files([]string{`"12"`, `"2"`}[i%2]))
-		took = append(took, m.closely("the new file", func() bool { return exists(last) }).Sub(began))
+		took = append(took, closely(m, "the new file", func() bool { return exists(last) }).Sub(began))
 
 		began = time.Now()
 		floor.Process.Signal(syscall.SIGTERM)
 		floor.Wait()
 		os.Remove(floorFile + "0")
 		floor = plain(sleeper, floorFile)
-		floors = append(floors, m.closely("the floor's new file", func() bool { return exists(floorFile + "0") }).Sub(began))
+		floors = append(floors, closely(m, "the floor's new file", func() bool { return exists(floorFile + "0") }).Sub(began))
 	}
 	floor.Process.Kill()
 	floor.Wait()
 	m.patch(m.namespace, "web", files("null"))
-	m.closely("no file", func() bool { return !exists(last) })
+	closely(m, "no file", func() bool { return !exists(last) })
 	m.compare("N changed: PATCH to the new tcpdump's first file", ms(median(took)),
 		"45 ms; "+ms(median(floors))+" from SIGTERM to the first file of nsenter tcpdump", float64(median(took))/45e6, 1)
 }
@@ -336,7 +336,7 @@ func (m *measurement) another() {
 // live measures how late `make live` is: from a packet's own time to its arrival on stdout.
 func (m *measurement) live() {
 	m.annotate("web", "=2", "/filter=udp port 4444")
-	m.closely("a file", func() bool { return exists(m.root + "/capture-web.pcap0") })
+	closely(m, "a file", func() bool { return exists(m.root + "/capture-web.pcap0") })
 	cmd, _, said := m.make("live", "POD=web")
 	cmd.Stdout = nil
 	stdout := check(cmd.StdoutPipe())
@@ -363,7 +363,7 @@ func (m *measurement) live() {
 	m.below("`make live`: from a packet's time to stdout, median", "%.1f ms", median(late), 5)
 	m.below("the same, of 95 % of the packets", "%.1f ms", late[packets*95/100], 5)
 	m.annotate("web", "-", "/filter-")
-	m.closely("no file", func() bool { return !exists(m.root + "/capture-web.pcap0") })
+	closely(m, "no file", func() bool { return !exists(m.root + "/capture-web.pcap0") })
 }
 
 // waiting has five pods wait for an interface that is not there, and five that do not run because of a
@@ -396,7 +396,7 @@ func (m *measurement) changes(raw chan rawEvent) {
 	check(0, reader.Start())
 	defer func() { reader.Process.Kill(); reader.Wait() }()
 	received := func() float64 { return field(m.program, "net/dev", "eth0:") }
-	m.closely("the reader runs", func() bool { return cpu(reader.Process.Pid) > 0 })
+	closely(m, "the reader runs", func() bool { return cpu(reader.Process.Pid) > 0 })
 	quietly(2 * time.Second) // it watches, and both are idle
 	drain(raw)
 	spent, readers, bytes := cpu(m.program), cpu(reader.Process.Pid), received()
@@ -451,7 +451,7 @@ func (m *measurement) hundred() {
 		for _, name := range names {
 			children = append(children, plain(sleepers[name], folder+"/"+name+".pcap"))
 		}
-		plainStart = append(plainStart, m.closely("all plain files", all(folder+"/", true)).Sub(began))
+		plainStart = append(plainStart, closely(m, "all plain files", all(folder+"/", true)).Sub(began))
 		quietly(time.Second)
 		began = time.Now()
 		for _, child := range children {
@@ -465,13 +465,13 @@ func (m *measurement) hundred() {
 		began = patchAll(fmt.Sprintf(`"annotations":{"other":"%d"}`, round))
 		patches = append(patches, time.Since(began)) // the API server's share: as many changes that need nothing done
 		began = patchAll(files(`"2"`))
-		start = append(start, m.closely("all files", all(m.root+"/capture-", true)).Sub(began))
+		start = append(start, closely(m, "all files", all(m.root+"/capture-", true)).Sub(began))
 		quietly(time.Second)
 		if round == 0 {
 			m.memory(fmt.Sprintf("with %d captures", many), 13)
 		}
 		began = patchAll(files("null"))
-		stop = append(stop, m.closely("no file", all(m.root+"/capture-", false)).Sub(began))
+		stop = append(stop, closely(m, "no file", all(m.root+"/capture-", false)).Sub(began))
 	}
 	m.times(fmt.Sprintf("%d pods annotated at once: all captured", many), "plain tcpdumps + PATCHes", 1.3, start, plainStart, patches)
 	m.times(fmt.Sprintf("%d pods released at once: all gone", many), "SIGTERM to exits + PATCHes", 1.3, stop, plainStop, patches)
