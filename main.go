@@ -291,8 +291,8 @@ func (w *podWatch) follow(ctx context.Context) {
 	}
 }
 
-// watch applies events until the stream ends. It returns nil if that was its time limit, 5 to 10
-// minutes at random, so that the nodes' watches do not end together.
+// watch applies events until the stream ends. It returns nil after a clean end, as at its time limit:
+// 5 to 10 minutes at random, so that the nodes' watches do not end together.
 func (w *podWatch) watch(ctx context.Context) error {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -340,7 +340,7 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 		return e.Object.statusError
 	case version == "":
 		return errors.New("an event has no resourceVersion")
-	case e.Type == "DELETED" || !asked.annotated: // a bookmark has neither annotations nor a UID
+	case e.Type == "DELETED" || !asked.annotated: // of a bookmark nothing: it has no UID
 		w.forget(p.uid)
 	default:
 		w.apply(ctx, p, asked)
@@ -491,7 +491,7 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		if time.Since(began) > time.Minute {
 			retry = tcpdumpBackoff
 		}
-		// If the network is gone, await reports it. A new one is captured without a pause.
+		// If the network is gone, await reports it. A new one that is there is captured at once.
 		switch found, hasNetwork := c.agent.cgroups.find(c.pod, s); {
 		case ctx.Err() != nil:
 		case err == errFull || found.network == s.network:
@@ -514,8 +514,8 @@ func (c *capture) live(ctx context.Context, asked spec) {
 	}
 }
 
-// await returns the pod's network once nothing is missing for a capture, or when ctx ends. An Event
-// names what has been missing for waitingTime, once.
+// await returns the pod's network once nothing is missing for a capture, or when ctx ends. After
+// waitingTime an Event names what is missing, once.
 func (c *capture) await(ctx context.Context) (s sandbox) {
 	missing, told := "", ""
 	for began := time.Now(); ctx.Err() == nil; {
@@ -638,7 +638,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
 }
 
-// oversee stops tcpdump when the disk is full, or when the pod's network has gone or changed.
+// oversee stops tcpdump if the disk is full or the network gone or new, and tells if it does not end.
 func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
@@ -825,10 +825,10 @@ func findFiles(stem string) (paths []string, size int64) {
 // cgroups is the kernel's tree of cgroups. It shows whether a pod is on the node, and its processes.
 type cgroups struct {
 	// hostNet is the network of the host's first process. tree is the root of the cgroups, with cgroup
-	// v1 that of one hierarchy. classes have those of the pods, one for each QoS class.
+	// v1 that of one hierarchy. classes are the parents of the pods' cgroups, one for each QoS class.
 	proc, hostNet, tree string
 	classes             []string
-	// mu guards strays, the cgroups in which a pod's containers may be beside its own, as listed last.
+	// mu guards strays, the cgroups in system.slice, where a pod's containers may be, as listed last.
 	mu     sync.Mutex
 	strays []string
 	listed time.Time
@@ -867,7 +867,7 @@ func newCgroups(proc string) (g *cgroups, err error) {
 	return nil, fmt.Errorf("no cgroup kubepods is in %s, nor in systemd or pids below it", root)
 }
 
-// of returns a pod's cgroup and all below it. There is none before the kubelet has made it, and 1 to 2 s
+// of returns a pod's cgroup and all below it. There is none before the kubelet makes it, and 1 to 2 s
 // after the pod's last container has ended.
 func (g *cgroups) of(p pod) []string {
 	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
@@ -1091,8 +1091,8 @@ type object struct {
 func (o *object) pod() (p pod, asked spec) {
 	m := &o.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup is named after its config.hash. A user may add config.hash to another pod,
-	// with any UID, but can't add config.mirror.
+	// A static pod's cgroup is named after its config.hash. A user may add config.hash to a pod that
+	// exists, with any UID, but can't add config.mirror to it.
 	hash := m.Annotations["kubernetes.io/config.hash"]
 	if hash != "" && hash == m.Annotations["kubernetes.io/config.mirror"] {
 		p.kubeletUID = hash
@@ -1205,7 +1205,7 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	for _, path := range paths {
 		heads[path] = head(path)
 	}
-	// Their order is that of after the heads, so that a file that was overwritten meanwhile is noticed.
+	// They are ordered after their heads were read, so that one that is overwritten in between is noticed.
 	paths, _ = findFiles(stem)
 
 	packets, written := 0, 0
