@@ -340,7 +340,7 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 		return e.Object.statusError
 	case version == "":
 		return errors.New("an event has no resourceVersion")
-	case e.Type == "DELETED" || !asked.annotated: // of a bookmark nothing: it has no UID
+	case e.Type == "DELETED" || !asked.annotated: // a bookmark has no UID: nothing is forgotten
 		w.forget(p.uid)
 	default:
 		w.apply(ctx, p, asked)
@@ -503,7 +503,7 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		}
 	}
 
-	// Otherwise the next goroutine takes the room.
+	// A goroutine that is replaced leaves its room to the next one.
 	isLast := context.Cause(ctx) != errReplaced
 	if isLast && !c.captured {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
@@ -638,7 +638,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
 }
 
-// oversee stops tcpdump if the disk is full or the network gone or new, and tells if it does not end.
+// oversee stops tcpdump if the disk is full, or if the pod's network has gone or changed. If tcpdump
+// does not end, an Event says so.
 func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
@@ -1260,17 +1261,11 @@ func liveView(ctx context.Context, root, name string) error {
 	if err != nil {
 		return err
 	}
-	process := ""
-	all, _ := filepath.Glob("/proc/[1-9]*")
-	for _, each := range all {
-		if sharedArguments(each, stem) != nil {
-			process = each
-		}
-	}
+	process := findTcpdump(stem)
+	network, err := os.Open(process + "/ns/net")
 	// The arguments are read again, so that the network that was opened is this process's.
-	network, _ := os.Open(process + "/ns/net")
 	shared := sharedArguments(process, stem)
-	if shared == nil {
+	if err != nil || shared == nil {
 		return fmt.Errorf("no tcpdump captures %s now: kubectl describe pod tells why", name)
 	}
 
@@ -1298,6 +1293,17 @@ func liveView(ctx context.Context, root, name string) error {
 		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
 	}
 	return nil
+}
+
+// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, or "".
+func findTcpdump(stem string) string {
+	processes, _ := filepath.Glob("/proc/[1-9]*")
+	for _, process := range processes {
+		if sharedArguments(process, stem) != nil {
+			return process
+		}
+	}
+	return ""
 }
 
 // sharedArguments returns the arguments of a capture's tcpdump after the path of its files, and nil if
