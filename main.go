@@ -621,9 +621,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 		return fmt.Errorf("tcpdump can't be started: %w", err)
 	}
 
-	ended, end := context.WithCancel(context.Background())
-	defer end()
-	c.agent.alive.Go(func() { c.oversee(running, ended, stop, s, tcpdump.pid) })
+	go c.oversee(running, stop, s, tcpdump.pid)
 	counts, err := tcpdump.read(func(warning string) {
 		if ctx.Err() == nil {
 			c.tellStarted(s, warning)
@@ -634,9 +632,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
 }
 
-// oversee stops tcpdump if the disk is full, or if the pod's network has gone or changed. If tcpdump
-// does not end, an Event says so.
-func (c *capture) oversee(running, ended context.Context, stop func(error), s sandbox, pid int) {
+// oversee stops a running tcpdump if the disk is full, or if the pod's network has gone or changed.
+func (c *capture) oversee(running context.Context, stop func(error), s sandbox, pid int) {
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
 		now, ok := c.agent.cgroups.find(c.pod, s)
@@ -653,10 +650,6 @@ func (c *capture) oversee(running, ended context.Context, stop func(error), s sa
 		case ok && now.network != s.network, time.Since(hadNetwork) >= ringDelay:
 			stop(errors.New("the pod's network has gone or changed"))
 		}
-	}
-	if sleep(ended, termGrace+time.Second); ended.Err() == nil {
-		c.tell("Warning", "CaptureFailed", "tcpdump (PID %d) can't be ended: "+
-			"SIGTERM and SIGKILL were sent, and it still runs; its files stay until it ends", pid)
 	}
 }
 
