@@ -1270,13 +1270,10 @@ func liveView(ctx context.Context, root, name string) error {
 		stop(nil)
 	}()
 
-	counts := ""
 	tcpdump, err := start(ctx, network, append([]string{"--immediate-mode", "-w", "-"}, shared...)...)
 	if err == nil {
-		counts, err = tcpdump.read(func(string) {})
-	}
-	if counts != "" { // in a flood packets are dropped
-		fmt.Fprintln(os.Stderr, "In this view:", counts)
+		io.Copy(os.Stderr, tcpdump.stderr) // it tells how many packets it dropped
+		err = tcpdump.wait()
 	}
 	if cause := context.Cause(ctx); cause != context.Canceled {
 		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
