@@ -690,7 +690,7 @@ func podNamed(name, uid, value string) annotated {
 func (p annotated) stored() fakePod {
 	all := map[string]string{annotation: p.value, filterAnnotation: p.filter, interfaceAnnotation: p.iface}
 	if p.kubeletUID != p.uid {
-		all["kubernetes.io/config.hash"], all["kubernetes.io/config.mirror"] = p.kubeletUID, p.kubeletUID
+		all["kubernetes.io/config.mirror"] = p.kubeletUID
 	}
 	maps.DeleteFunc(all, func(_, value string) bool { return value == "" })
 	return fakePod{p.namespace, p.name, p.uid, all, 0}

@@ -1081,10 +1081,9 @@ type object struct {
 func (o *object) pod() (p pod, asked spec) {
 	m := &o.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup is named after its config.hash. A user may add config.hash to a pod that
-	// exists, with any UID, but can't add config.mirror to it.
-	hash := m.Annotations["kubernetes.io/config.hash"]
-	if hash != "" && hash == m.Annotations["kubernetes.io/config.mirror"] {
+	// A static pod's cgroup is named after a hash of its manifest. Users may create pods that claim one,
+	// so it must not be another pod's UID, which has dashes.
+	if hash := m.Annotations["kubernetes.io/config.mirror"]; hash != "" && !strings.Contains(hash, "-") {
 		p.kubeletUID = hash
 	}
 	asked.value, asked.annotated = m.Annotations[annotation]

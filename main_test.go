@@ -186,12 +186,12 @@ func TestStart(t *testing.T) {
 // ---- The watch, and the annotations ----
 
 // The first watch that delivers makes the program ready, and its annotated pods are captured. Of a static pod
-// the kubelet's UID counts, which two annotations name.
+// the kubelet's UID counts, which an annotation names. Another pod's UID does not count there.
 func TestFirstWatch(t *testing.T) {
 	simulate(t, 0, func(w *world) {
 		static := podNamed("etcd", "0e7c", "2").on("lo").filtered(" tcp port 80\n")
-		static.kubeletUID = uidC
-		thief := map[string]string{annotation: "1", "kubernetes.io/config.hash": uidB}
+		static.kubeletUID = "0123456789abcdef0123456789abcdef"
+		thief := map[string]string{annotation: "1", "kubernetes.io/config.mirror": uidB}
 		w.api.push("", breaks)
 		w.api.fail("watch", fault{times: 1, code: 500})
 		w.api.fail("watch", fault{times: 1, code: 200, body: string(errorFrame(500, "no leader"))})
@@ -743,7 +743,7 @@ func TestEventIsPosted(t *testing.T) {
 	}
 	simulate(t, 0, func(w *world) {
 		w.pass(time.Hour)
-		p := annotated{pod{"shop", "web", "0123456789", uidA}, spec{value: "3"}}
+		p := annotated{pod{"shop", "web", "0123456789", "89abcdef"}, spec{value: "3"}}
 		w.born(50, p)
 		message := fmt.Sprintf("Capturing into 3 files, %[1]s0 to %[1]s2, rotated at 1 MB, "+
 			"in kube-system/packetcapture-x; the interface is eth0", w.root+"/capture-web.pcap")
@@ -751,7 +751,7 @@ func TestEventIsPosted(t *testing.T) {
 		is(t, "Events", w.api.posted(), []fields{{
 			"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": "shop", "name": name},
 			"involvedObject": fields{"apiVersion": "v1", "kind": "Pod",
-				"namespace": "shop", "name": "web", "uid": uidA},
+				"namespace": "shop", "name": "web", "uid": "89abcdef"},
 			"type": "Normal", "reason": "CaptureStarted", "message": message, "count": 1.0,
 			"source":         fields{"component": "packetcapture", "host": "node-1"},
 			"firstTimestamp": "2000-01-01T01:00:00Z", "lastTimestamp": "2000-01-01T01:00:00Z",
