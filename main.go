@@ -79,7 +79,7 @@ const (
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while one is compiled: 0.15 s at worst, with 4,096 bytes 9 s.
+	// maxFilter is in bytes. The watch waits while one is compiled: at most 0.15 s, with 4,096 bytes 9 s.
 	maxFilter = 1024
 
 	// birthPoll is how often a capture looks for its pod's network. The first container starts about
@@ -125,7 +125,7 @@ func run(ctx context.Context, arguments []string) error {
 	case len(arguments) == 2 && arguments[0] == "live":
 		return liveView(ctx, "/", arguments[1])
 	case len(arguments) > 0:
-		return fmt.Errorf("%q is no command: accepted are cat and live with <namespace>/<pod>",
+		return fmt.Errorf("unknown command %q: use cat or live with <namespace>/<pod>",
 			cut(strings.Join(arguments, " ")))
 	}
 
@@ -153,7 +153,7 @@ type config struct {
 func readConfig(getenv func(string) string) (cfg config, err error) {
 	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
 		if getenv(name) == "" {
-			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes sets it", name))
+			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes should set it", name))
 		}
 	}
 	number := func(name string, standard, least, most int64) int64 {
@@ -205,8 +205,8 @@ type agent struct {
 func newAgent(cfg config) (*agent, error) {
 	groups, err := newCgroups(cfg.proc)
 	if err != nil {
-		return nil, fmt.Errorf("the host's processes can't be seen, for which hostPID, CAP_SYS_PTRACE and, "+
-			"with AppArmor, a profile that allows ptrace (Unconfined) are needed: %w", err)
+		return nil, fmt.Errorf("can't see the host's processes; this needs hostPID, CAP_SYS_PTRACE and, "+
+			"with AppArmor, a profile that allows ptrace (Unconfined): %w", err)
 	}
 	// A container starts with fresh files: the folder is there only if another program has made it.
 	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
@@ -215,7 +215,7 @@ func newAgent(cfg config) (*agent, error) {
 	a := &agent{config: cfg, cgroups: groups, start: start,
 		rooms: map[string]int{}, queues: map[string][]func(){}}
 	a.http.Transport = a.transport()
-	// The readiness probe only connects. ReadTimeout closes its connections, which would pile up.
+	// The readiness probe only connects. ReadTimeout closes its connections, or they would pile up.
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
 	a.ready = sync.OnceFunc(func() {
 		go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
@@ -283,7 +283,7 @@ func (w *podWatch) follow(ctx context.Context) {
 			// The same error is logged once. Digits are ignored: a port in its text differs each time.
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 			if complaint != w.complaint {
-				slog.Warn("the pods can't be watched, captures go on", "error", err)
+				slog.Warn("can't watch the pods; captures go on", "error", err)
 			}
 			w.complaint = complaint
 			sleep(ctx, w.retry.next(err))
@@ -311,7 +311,8 @@ func (w *podWatch) watch(ctx context.Context) error {
 	for decoder := json.NewDecoder(body); err == nil; {
 		err = w.next(ctx, decoder)
 	}
-	// If a server accepts watches and closes them at once, that is an error, and the pauses grow.
+	// Only a watch that delivered or lasted a second has a clean end. If a server accepts watches and
+	// closes them at once, that is an error, and the pauses grow.
 	if w.version != version || time.Since(began) >= time.Second {
 		w.retry = requestBackoff
 		if err == io.EOF {
@@ -463,7 +464,8 @@ type capture struct {
 	last, valid spec
 	stop        context.CancelCauseFunc
 
-	// turn lets one goroutine work at a time. One that was replaced before its turn does nothing.
+	// turn lets one goroutine work at a time. One that was replaced before its turn does nothing. It is no
+	// mutex, because the fake time of tests would stand still while a goroutine waits for one.
 	turn chan struct{}
 	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
 	// counts is what the last tcpdump counted.
@@ -491,7 +493,7 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		if time.Since(began) > time.Minute {
 			retry = tcpdumpBackoff
 		}
-		// If the network is gone, await reports it. A new one that is there is captured at once.
+		// A network that is gone is reported by await, and a new one is captured at once.
 		now, _ := c.agent.cgroups.find(c.pod, s)
 		if ctx.Err() == nil && (err == errFull || now.network == s.network) {
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
@@ -510,7 +512,7 @@ func (c *capture) live(ctx context.Context, asked spec) {
 	}
 }
 
-// await returns the pod's network once nothing is missing for a capture, or when ctx ends. After
+// await returns the pod's sandbox once nothing is missing for a capture, or when ctx ends. After
 // waitingTime an Event names what is missing, once.
 func (c *capture) await(ctx context.Context) (s sandbox) {
 	missing, told := "", ""
@@ -547,13 +549,13 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 	return s
 }
 
-// look returns the pod's network, and what is missing for a capture: "" or "<what>: <why>".
+// look returns the pod's sandbox, and what is missing for a capture: "" or "<what>: <why>".
 func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	s, ok := c.agent.cgroups.find(c.pod, last)
 	device := s.device(c.spec)
 	switch {
 	case !ok:
-		return s, "the pod's network: it does not run yet, or has ended"
+		return s, "the pod's network: the pod has not started yet, or has ended"
 	// tcpdump would accept more: "2" for the second interface, and nflog, which is none.
 	case device != "any" && !slices.Contains(s.interfaces, device):
 		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
@@ -587,7 +589,7 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 		}
 	}
 	warn(s.isHost, "this pod has the host's network, so the files hold the whole node's traffic")
-	warn(c.captured, "tcpdump began again at the first file, and the packets in that one are lost")
+	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
 		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
@@ -621,13 +623,19 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 		return fmt.Errorf("tcpdump can't be started: %w", err)
 	}
 
+	since := ""
+	if c.captured {
+		since = " since tcpdump started over"
+	}
 	go c.oversee(running, stop, s, tcpdump.pid)
 	counts, err := tcpdump.read(func(warning string) {
 		if ctx.Err() == nil {
 			c.tellStarted(s, warning)
 		}
 	})
-	c.counts = cmp.Or(counts, c.counts)
+	if counts != "" {
+		c.counts = counts + since
+	}
 	status := cmp.Or(err, errors.New("exit status 0"))
 	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
 }
@@ -637,7 +645,8 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
 		now, ok := c.agent.cgroups.find(c.pod, s)
-		// When a container of CRI-O crashes, tcpdump may be the only process in the pod's network.
+		// When a container of CRI-O crashes, tcpdump may be the only process in the pod's network. Then
+		// the network is found through tcpdump.
 		if !ok {
 			now, ok = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: strconv.Itoa(pid)})
 		}
@@ -741,8 +750,8 @@ func (c *capture) takeRoom() (missing string) {
 	return ""
 }
 
-// reserveRoom enlarges the room of a capture that has some to n files, and returns how many it may
-// have. If that is less than n, it changes nothing.
+// reserveRoom returns how many files the capture may have. If those are n or more, and the capture has
+// room for fewer now, it gets room for n.
 func (c *capture) reserveRoom(n int) (free int) {
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
@@ -818,7 +827,7 @@ type cgroups struct {
 	// v1 that of one hierarchy. classes are the parents of the pods' cgroups, one for each QoS class.
 	proc, hostNet, tree string
 	classes             []string
-	// mu guards strays, the cgroups in system.slice, where a pod's containers may be, as listed last.
+	// mu guards strays: the cgroups in system.slice when last listed. A pod's containers may be there.
 	mu     sync.Mutex
 	strays []string
 	listed time.Time
@@ -935,7 +944,7 @@ func (g *cgroups) open(s sandbox) (*os.File, error) {
 	}
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", file.Fd())); opened != s.network {
 		file.Close()
-		return nil, errors.New("the process that it was found by has ended")
+		return nil, errors.New("the process it was found through has ended")
 	}
 	return file, nil
 }
@@ -1011,7 +1020,7 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
 	log.Log(context.Background(), level, reason, "message", message)
 	if len(a.queues[namespace]) > eventQueue {
-		log.Warn("an Event is lost, too many wait")
+		log.Warn("an Event is lost: too many are waiting")
 		return
 	}
 	a.queues[namespace] = append(a.queues[namespace], func() { c.post(kind, reason, message, at) })
@@ -1020,7 +1029,8 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	}
 }
 
-// postAll posts a namespace's Events in order. A namespace with a slow webhook delays its own alone.
+// postAll posts a namespace's Events in order. A namespace with a slow webhook delays only its own. The
+// Event that is being posted stays the first of the queue, so that tell sees that one is.
 func (a *agent) postAll(namespace string) {
 	a.queueLock.Lock()
 	defer a.queueLock.Unlock()
@@ -1037,7 +1047,7 @@ func (a *agent) postAll(namespace string) {
 func (c *capture) post(kind, reason, message string, at time.Time) {
 	type fields = map[string]any
 	a, p, second := c.agent, c.pod, at.UTC().Format(time.RFC3339)
-	// Event times are in whole seconds. By their names kubectl lists those of a second in order.
+	// Event times are in whole seconds. kubectl lists Events of the same second by name, thus in order.
 	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
 	body, _ := json.Marshal(fields{ // strings never fail
@@ -1060,7 +1070,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 			return
 		// 401, 429 and 5xx may pass. Others do not, such as 403 in a namespace that is being deleted.
 		case code > 0 && code < 500 && code != 401 && code != 429, time.Since(at) >= eventTime:
-			slog.Warn("an Event is not posted", "namespace", p.namespace, "pod", p.name, "error", err)
+			slog.Warn("an Event was not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return
 		}
 		time.Sleep(retry.next(err))
@@ -1069,7 +1079,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 
 // ---- The API server ----
 
-// object is a pod or, of an ERROR event, a Status.
+// object is a pod or, in an ERROR event, a Status, whose fields are at the top as well.
 type object struct {
 	Metadata struct {
 		Namespace, Name, UID, ResourceVersion string
@@ -1098,10 +1108,10 @@ func (o *object) pod() (p pod, asked spec) {
 func (a *agent) transport() *http.Transport {
 	return &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
-			MaxReceiveBufferPerStream: 256 << 10}} // no more of an answer than is read soon
+			MaxReceiveBufferPerStream: 256 << 10}} // buffer little that is not read yet
 }
 
-// dial reads the CA bundle each time, since it may be replaced. An unreadable one keeps the last.
+// dial reads the CA bundle each time, since it may be replaced. If unreadable, the last one is used.
 func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	roots := x509.NewCertPool()
 	if roots.AppendCertsFromPEM([]byte(readFile(a.account + "/ca.crt"))) {
@@ -1149,7 +1159,7 @@ func (a *agent) do(ctx context.Context, verb, path, as string, body []byte) (io.
 type statusError struct {
 	Code    int
 	Message string
-	// retryAfter is the least to wait: a minute at most, whatever the server says.
+	// retryAfter is the server's Retry-After, but a minute at most.
 	retryAfter time.Duration
 }
 
@@ -1182,8 +1192,9 @@ func findCapture(root, name string) (stem string, err error) {
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
 const pcapHeader, packetHeader = 24, 16
 
-// cat writes the files of a capture as one pcap, the oldest one first. It prints to stderr how much it
-// wrote, because kubectl exec may cut off a slow reader and still exit with 0.
+// cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
+// meanwhile is being overwritten, and is left out. It prints to stderr how much it wrote, because
+// kubectl exec may cut off a slow reader and still exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
@@ -1254,7 +1265,7 @@ func liveView(ctx context.Context, root, name string) error {
 	// The arguments are read again, so that the network that was opened is this process's.
 	shared := sharedArguments(process, stem)
 	if err != nil || shared == nil {
-		return fmt.Errorf("no tcpdump captures %s now: kubectl describe pod tells why", name)
+		return fmt.Errorf("no tcpdump is capturing %s now: kubectl describe pod says why", name)
 	}
 
 	ctx, stop := context.WithCancelCause(ctx)
@@ -1271,7 +1282,7 @@ func liveView(ctx context.Context, root, name string) error {
 
 	tcpdump, err := start(ctx, network, append([]string{"--immediate-mode", "-w", "-"}, shared...)...)
 	if err == nil {
-		io.Copy(os.Stderr, tcpdump.stderr) // it tells how many packets it dropped
+		io.Copy(os.Stderr, tcpdump.stderr) // it says how many packets were dropped
 		err = tcpdump.wait()
 	}
 	if cause := context.Cause(ctx); cause != context.Canceled {
@@ -1329,7 +1340,7 @@ func cut(text string) string {
 	return text
 }
 
-// readFile returns a file's text, or "" if it can't be read, for example since its process has ended.
+// readFile returns a file's text, or "" if it can't be read, for example because its process has ended.
 func readFile(path string) string {
 	text, _ := os.ReadFile(path)
 	return string(text)

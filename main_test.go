@@ -38,7 +38,7 @@ const (
 	// What is told: hosts if a pod has the host's network, and again if tcpdump begins in files with packets.
 	started   = "Normal CaptureStarted"
 	hosts     = "Warning CaptureStarted: this pod has the host's network, so the files hold the whole node's"
-	again     = "Warning CaptureStarted: tcpdump began again at the first file, and the packets in that one"
+	again     = "Warning CaptureStarted: tcpdump started over at the first file, and the packets in that file"
 	stopped   = "Normal CaptureStopped"
 	waiting   = "Warning CaptureWaiting"
 	failed    = "Warning CaptureFailed"
@@ -174,9 +174,9 @@ func TestStart(t *testing.T) {
 	proc.make("/user.slice")
 	says(t, begin(proc.dir, t.TempDir()), "no cgroup kubepods is in "+proc.dir+
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
-	says(t, begin("/none", t.TempDir()), "for which hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
-		"that allows ptrace (Unconfined) are needed: readlink /none/1/ns/net: no such file")
-	says(t, run(t.Context(), []string{"help"}), `"help" is no command: accepted are cat and live`)
+	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
+		"that allows ptrace (Unconfined): readlink /none/1/ns/net: no such file")
+	says(t, run(t.Context(), []string{"help"}), `unknown command "help": use cat or live with <namespace>/<pod>`)
 	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
 	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
 	t.Setenv("NODE_NAME", "")
@@ -389,7 +389,7 @@ func TestWaiting(t *testing.T) {
 		w.see(web)
 		w.see(db)
 		w.after(waitingTime-1, nil)
-		network := waiting + ": Waiting for the pod's network: it does not run yet, or has ended"
+		network := waiting + ": Waiting for the pod's network: the pod has not started yet, or has ended"
 		w.after(25*time.Millisecond, nil, network, network)
 		w.pass(295 * time.Second)
 		w.proc.pod(50, web.uid)
@@ -434,7 +434,8 @@ func TestFinishedPod(t *testing.T) {
 
 		w.finishes(web)
 		w.pass(waitingTime - time.Second)
-		w.change(web.of("2"), files{"db": 4}, counted+deleted, started, waiting+": the pod's network")
+		w.change(web.of("2"), files{"db": 4}, counted+" since tcpdump started over"+deleted, started,
+			waiting+": the pod's network")
 		w.finishes(db)
 		w.pass(waitingTime - time.Second)
 		w.lose(db)
@@ -791,7 +792,7 @@ func TestEventIsTriedAgain(t *testing.T) {
 			is(w, "it is tried for 10 minutes", took > 9 && took < 11, true)
 		}
 		checkBackoff(w, posts, 800*time.Millisecond, 30*time.Second, test.extra)
-		w.logged("an Event is not posted", test.isLost)
+		w.logged("an Event was not posted", test.isLost)
 		if test.times > 0 {
 			w.told(invalid + `: is "x"`)
 		}
@@ -886,7 +887,7 @@ func TestConnection(t *testing.T) {
 		w.marked()
 		w.api.push("", ends)
 		w.pass(50 * time.Second)
-		w.logged("the pods can't be watched", 1)
+		w.logged("can't watch the pods", 1)
 		w.logged("T00:00:00", 0) // a proxy, which init has set, would have failed at once
 	})
 }
@@ -972,5 +973,5 @@ func TestCat(t *testing.T) {
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")
-	says(t, liveView(t.Context(), root, "default/web"), "no tcpdump captures default/web now")
+	says(t, liveView(t.Context(), root, "default/web"), "no tcpdump is capturing default/web now")
 }

@@ -220,12 +220,12 @@ func TestTcpdump(t *testing.T) {
 
 	must(t, syscall.Kill(web.pid(), syscall.SIGKILL))
 	n.told("CaptureFailed", "tcpdump ended by itself (signal: killed); it is tried again")
-	n.told("CaptureStarted", "began again at the first file")
+	n.told("CaptureStarted", "started over at the first file")
 	web.say(web.pod, "again", 4000, 1, 20)
 	web.holds("", 1, 20, "again")
 
 	web.finish()
-	n.told("CaptureStopped", "20 packets captured, 0 dropped by the kernel; the pod's network is gone, the files (")
+	n.told("CaptureStopped", "20 packets captured, 0 dropped by the kernel since tcpdump started over; the pod's network is gone, the files (")
 	web.holds("", 1, 20, "again")
 	n.forget(web.uid)
 	n.told("CaptureStopped", "are deleted")
@@ -344,7 +344,7 @@ func TestFullDisk(t *testing.T) {
 			web.holds("", 1, 20, "kept")
 			is(t, "PID", web.pid(), 0)
 			web.bash("rm $0/big", web.root)
-			web.told("CaptureStarted", "began again at the first file")
+			web.told("CaptureStarted", "started over at the first file")
 		})
 	}
 }

@@ -217,7 +217,7 @@ func (c *cluster) killed() {
 			c.onNode("kill -9 " + pid)
 			c.row("`kill -9` of tcpdump", "started again, Event", c.another(pid, "3 web"))
 			c.told("web", "CaptureFailed", "Warning", "signal: killed", "it is tried again")
-			c.told("web", "CaptureStarted", "Warning", "began again at the first file")
+			c.told("web", "CaptureStarted", "Warning", "started over at the first file")
 		} else {
 			c.onNode("kill -9 " + n.program)
 			c.row("`kill -9` of the program", "no tcpdump outlives it; captured anew", c.another(pid, "3 web"))
