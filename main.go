@@ -493,11 +493,15 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		if time.Since(began) > time.Minute {
 			retry = tcpdumpBackoff
 		}
-		// A network that is gone is reported by await, and a new one is captured at once.
-		now, _ := c.agent.cgroups.find(c.pod, s)
-		if ctx.Err() == nil && (err == errFull || now.network == s.network) {
+		// If the network is gone, await reports it. A new one that is there is captured at once.
+		switch now, hasNetwork := c.agent.cgroups.find(c.pod, s); {
+		case ctx.Err() != nil:
+		case err == errFull || now.network == s.network:
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
+		case hasNetwork && c.captured:
+			c.tell("Normal", "CaptureStopped",
+				"Stopped: %s; the pod's new network is captured from now on", c.counts)
 		}
 	}
 

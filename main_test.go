@@ -428,7 +428,8 @@ func TestFinishedPod(t *testing.T) {
 		for i, net := range []string{"newer", "newest"} {
 			w.proc.end(51 + i)
 			w.proc.joins(52+i, web.uid, net)
-			w.after(time.Second, files{"web": 3})
+			w.after(time.Second, files{"web": 3},
+				counted+" since tcpdump started over; the pod's new network is captured from now on", again)
 			is(t, "network", filepath.Base(w.kids.last().network), "net-"+net)
 		}
 
