@@ -327,10 +327,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 // pods that were not in it are stopped, and a broken watch continues from its last event's version.
 func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	// It is new for each event, because Decode keeps the old value of a field that an event lacks.
-	var e struct {
-		Type   string
-		Object object
-	}
+	var e event
 	if err := decoder.Decode(&e); err != nil {
 		return err
 	}
@@ -666,7 +663,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	}
 }
 
-// process is a running tcpdump. read must be called once, and tcpdump has ended when it returns.
+// process is a running tcpdump. Its owner reads stderr to its end and then calls wait, as read does.
 type process struct {
 	pid    int
 	stderr io.Reader
@@ -1082,6 +1079,12 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 }
 
 // ---- The API server ----
+
+// event is one event of a watch.
+type event struct {
+	Type   string
+	Object object
+}
 
 // object is a pod or, in an ERROR event, a Status, whose fields are at the top as well.
 type object struct {

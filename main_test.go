@@ -476,8 +476,8 @@ func TestEndOfPod(t *testing.T) {
 	}
 }
 
-// A tcpdump that can't be ended holds up the next one. One that fails is tried again,
-// after pauses that double from 0.2 s to 5 minutes, and begin anew after a run of a minute. An Event says why.
+// A tcpdump that can't be ended holds up the next one. One that fails is tried again, after pauses that double
+// from 0.2 s to 5 minutes, and begin anew after a run of a minute. An Event says why.
 func TestRestarts(t *testing.T) {
 	simulate(t, 0, func(w *world) {
 		w.kids.behave(behaviour{startup: time.Second, deaf: true, immortal: true})
