@@ -566,9 +566,9 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 
 // clear deletes the files. No tcpdump may be writing to them.
 func (c *capture) clear() {
-	paths, size := findFiles(c.stem)
-	for _, path := range paths {
-		if err := os.Remove(path); err != nil {
+	files, size := findFiles(c.stem)
+	for _, file := range files {
+		if err := os.Remove(filepath.Join(c.agent.root, file.Name())); err != nil {
 			slog.Error("a file can't be deleted", "error", err)
 		}
 	}
@@ -735,14 +735,11 @@ func (c *capture) takeRoom() (missing string) {
 			"are taken", n, a.limit-free, a.limit)
 	case c.stem == "":
 		link := filepath.Join(a.root, "captures", c.pod.namespace+"_"+c.pod.name)
-		stem, err := filepath.Join(a.root, "capture-"+c.pod.name+".pcap"), os.ErrExist
+		stem := filepath.Join(a.root, "capture-"+c.pod.name+".pcap")
 		if a.rooms[stem] > 0 {
 			stem = filepath.Join(a.root, fmt.Sprintf("capture-%s_%.8s.pcap", c.pod.name, c.pod.uid))
 		}
-		if a.rooms[stem] == 0 {
-			err = os.Symlink(stem, link)
-		}
-		if err != nil {
+		if err := os.Symlink(stem, link); err != nil {
 			return fmt.Sprintf("its file name: an earlier capture has not ended yet (%v)", err)
 		}
 		c.stem, c.link = stem, link
@@ -803,21 +800,23 @@ func fileNames(stem string, n int) string {
 	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
 }
 
-// findFiles returns the paths of a capture's files, the least recently written first, and their size in
-// bytes. The files of web are never those of web-2, or of a pod that is named web.pcap0.
-func findFiles(stem string) (paths []string, size int64) {
+// findFiles returns a capture's files, the least recently written first, and their size in bytes. Of two
+// that were written at the same time, tcpdump has just begun the smaller one. The files of web are never
+// those of web-2, or of a pod that is named web.pcap0.
+func findFiles(stem string) (files []os.FileInfo, size int64) {
 	if stem == "" {
 		return nil, 0
 	}
-	written := map[string]time.Time{}
 	all, _ := filepath.Glob(stem + "*")
 	for _, path := range all {
 		if info, err := os.Lstat(path); err == nil && strings.TrimRight(path, digits) == stem {
-			paths, size, written[path] = append(paths, path), size+info.Size(), info.ModTime()
+			files, size = append(files, info), size+info.Size()
 		}
 	}
-	slices.SortStableFunc(paths, func(a, b string) int { return written[a].Compare(written[b]) })
-	return paths, size
+	slices.SortStableFunc(files, func(a, b os.FileInfo) int {
+		return cmp.Or(a.ModTime().Compare(b.ModTime()), cmp.Compare(b.Size(), a.Size()))
+	})
+	return files, size
 }
 
 // ---- A pod's cgroup, its processes and its network ----
@@ -1199,33 +1198,30 @@ func findCapture(root, name string) (stem string, err error) {
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
 const pcapHeader, packetHeader = 24, 16
 
-// cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
-// meanwhile is being overwritten, and is left out. It prints to stderr how much it wrote, because
-// kubectl exec may cut off a slow reader and still exit with 0.
+// cat writes the files of a capture as one pcap, the oldest one first. A file that changes meanwhile is
+// being overwritten, and is left out; only the last one may grow. It prints to stderr how much it wrote,
+// because kubectl exec may cut off a slow reader and still exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
 		return err
 	}
-	paths, _ := findFiles(stem)
-	heads := map[string]string{}
-	for _, path := range paths {
-		heads[path] = head(path)
-	}
-	// They are ordered after their heads were read, so that one that is overwritten in between is noticed.
-	paths, _ = findFiles(stem)
-
 	packets, written := 0, 0
-	for _, path := range paths {
-		if len(heads[path]) < pcapHeader {
-			continue // it had just been begun
-		}
+	files, _ := findFiles(stem)
+	for i, file := range files {
+		path := filepath.Join(root, file.Name())
 		data, err := os.ReadFile(path)
-		first := string(data[:min(len(data), pcapHeader+packetHeader)])
-		if err != nil || !strings.HasPrefix(first, heads[path]) || !strings.HasPrefix(head(path), first) {
+		now, statErr := os.Lstat(path)
+		isLast := i == len(files)-1
+		if err != nil || statErr != nil || now.Size() < int64(len(data)) ||
+			!isLast && !now.ModTime().Equal(file.ModTime()) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
 		}
+		if len(data) < pcapHeader {
+			continue // it has just been begun
+		}
+
 		count, end := countPackets(data)
 		n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
 		if packets, written = packets+count, written+n; err != nil {
@@ -1238,14 +1234,6 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	noun := map[bool]string{true: "packet", false: "packets"}[packets == 1]
 	fmt.Fprintf(stderr, "%d %s, %d bytes\n", packets, noun, written)
 	return nil
-}
-
-// head returns the headers of a file and its first packet. If they change, the file is overwritten.
-func head(path string) string {
-	file, _ := os.Open(path)
-	defer file.Close()
-	head, _ := io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
-	return string(head)
 }
 
 // countPackets counts the whole packets of a file, and returns where the last one ends.
@@ -1267,11 +1255,10 @@ func liveView(ctx context.Context, root, name string) error {
 	if err != nil {
 		return err
 	}
-	process := findTcpdump(stem)
+	process, shared := findTcpdump(stem)
 	network, err := os.Open(process + "/ns/net")
-	// The arguments are read again, so that the network that was opened is this process's.
-	shared := sharedArguments(process, stem)
-	if err != nil || shared == nil {
+	// It is found again, so that the network that was opened is this process's.
+	if again, _ := findTcpdump(stem); err != nil || again != process {
 		return fmt.Errorf("no tcpdump is capturing %s now: kubectl describe pod says why", name)
 	}
 
@@ -1281,8 +1268,8 @@ func liveView(ctx context.Context, root, name string) error {
 		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
 	}()
 	go func() {
-		for sharedArguments(process, stem) != nil {
-			time.Sleep(100 * time.Millisecond)
+		for now := process; now == process; now, _ = findTcpdump(stem) {
+			time.Sleep(time.Second)
 		}
 		stop(nil)
 	}()
@@ -1298,27 +1285,21 @@ func liveView(ctx context.Context, root, name string) error {
 	return nil
 }
 
-// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, or "".
-func findTcpdump(stem string) string {
-	processes, _ := filepath.Glob("/proc/[1-9]*")
-	for _, process := range processes {
-		if sharedArguments(process, stem) != nil {
-			return process
+// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its arguments
+// after their path. It is a process of this container: one of another pod can imitate it.
+func findTcpdump(stem string) (process string, shared []string) {
+	ours, _ := os.Readlink("/proc/self/ns/mnt")
+	all, _ := filepath.Glob("/proc/[1-9]*")
+	for _, process := range all {
+		if mounts, _ := os.Readlink(process + "/ns/mnt"); mounts != ours {
+			continue
+		}
+		before, after, found := strings.Cut(readFile(process+"/cmdline"), "\x00-w\x00"+stem+"\x00")
+		if found && strings.HasPrefix(before, "tcpdump\x00") {
+			return process, strings.Split(strings.TrimSuffix(after, "\x00"), "\x00")
 		}
 	}
-	return ""
-}
-
-// sharedArguments returns the arguments of a capture's tcpdump after the path of its files, and nil if
-// the process is not that tcpdump. It must be in this container: another pod can imitate it.
-func sharedArguments(process, stem string) []string {
-	ours, _ := os.Readlink("/proc/self/ns/mnt")
-	mounts, _ := os.Readlink(process + "/ns/mnt")
-	before, after, found := strings.Cut(readFile(process+"/cmdline"), "\x00-w\x00"+stem+"\x00")
-	if !found || mounts != ours || !strings.HasPrefix(before, "tcpdump\x00") {
-		return nil
-	}
-	return strings.Split(strings.TrimSuffix(after, "\x00"), "\x00")
+	return "", nil
 }
 
 // ---- Helpers ----

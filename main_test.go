@@ -58,9 +58,9 @@ func (w *world) keptAfter(wait time.Duration, events ...string) {
 	w.Helper()
 	w.pass(wait)
 	last := w.kids.last()
-	paths, _ := findFiles(last.stem)
+	kept, _ := findFiles(last.stem)
 	is(w, "tcpdump lives", last.lives(), false)
-	is(w, "files that are kept", len(paths), len(last.files))
+	is(w, "files that are kept", len(kept), len(last.files))
 	w.told(events...)
 }
 
@@ -935,8 +935,8 @@ func TestCat(t *testing.T) {
 	gone := errors.New("the reader has gone")
 	for name, test := range map[string]struct {
 		files contents
-		turns bool  // to the second file, when the first one has been read
-		err   error // of the reader
+		turns string // the digits of the file that is written anew when the first one has been read
+		err   error  // of the reader
 		want  []byte
 		says  string
 	}{
@@ -946,15 +946,19 @@ func TestCat(t *testing.T) {
 			want: pcap(0, 2, 3), says: "3 packets, 105 bytes\n"},
 		"equal": {files: contents{"0": pcap(5, 6), "1": pcap(5)},
 			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
-		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, turns: true, want: pcap(1, 5),
+		"equal, the first one just begun": {files: contents{"0": pcap(5), "1": pcap(5, 6)},
+			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
+		"the last grows": {files: contents{"0": pcap(1), "1": pcap(3)}, turns: "1", want: pcap(1, 9, 10),
+			says: "3 packets, 106 bytes\n"},
+		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, turns: "1", want: pcap(1, 5),
 			says: "packets may be missing: /capture-web.pcap1 was overwritten or deleted\n2 packets, 78 bytes\n"},
 		"the reader goes": {files: contents{"0": pcap(1), "1": pcap(3)}, err: gone, want: pcap(1)},
 	} {
 		root := writeFiles(t, test.files)
 		var out, said bytes.Buffer
 		err := cat(root, "default/web", writerFunc(func(text []byte) (int, error) {
-			if test.turns {
-				must(t, os.WriteFile(root+"/capture-web.pcap1", pcap(9), 0o644))
+			if test.turns != "" {
+				must(t, os.WriteFile(root+"/capture-web.pcap"+test.turns, pcap(9, 10), 0o644))
 			}
 			out.Write(text)
 			return len(text), test.err
