@@ -1268,8 +1268,8 @@ func liveView(ctx context.Context, root, name string) error {
 		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
 	}()
 	go func() {
-		for now := process; now == process; now, _ = findTcpdump(stem) {
-			time.Sleep(time.Second)
+		for readFile(process+"/cmdline") != "" { // as long as it lives
+			time.Sleep(100 * time.Millisecond)
 		}
 		stop(nil)
 	}()
@@ -1286,7 +1286,7 @@ func liveView(ctx context.Context, root, name string) error {
 }
 
 // findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its arguments
-// after their path. It is a process of this container: one of another pod can imitate it.
+// after their path. It looks only at this container's processes, since another pod can imitate one.
 func findTcpdump(stem string) (process string, shared []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")
