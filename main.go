@@ -79,7 +79,7 @@ const (
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while one is compiled: at most 0.15 s, with 4,096 bytes 9 s.
+	// maxFilter is in bytes. The watch waits while one is compiled: at most 0.15 s; one of 4,096 bytes took 9 s.
 	maxFilter = 1024
 
 	// birthPoll is how often a capture looks for its pod's network. The first container starts about
@@ -121,11 +121,12 @@ func main() {
 func run(ctx context.Context, arguments []string) error {
 	switch {
 	case len(arguments) == 2 && arguments[0] == "cat":
+		signal.Reset() // a signal ends it
 		return cat("/", arguments[1], os.Stdout, os.Stderr)
 	case len(arguments) == 2 && arguments[0] == "live":
 		return liveView(ctx, "/", arguments[1])
 	case len(arguments) > 0:
-		return fmt.Errorf("unknown command %q: use cat or live with <namespace>/<pod>",
+		return fmt.Errorf("can't run %q: use cat or live with <namespace>/<pod>",
 			cut(strings.Join(arguments, " ")))
 	}
 
@@ -566,9 +567,9 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 
 // clear deletes the files. No tcpdump may be writing to them.
 func (c *capture) clear() {
-	files, size := findFiles(c.stem)
-	for _, file := range files {
-		if err := os.Remove(filepath.Join(c.agent.root, file.Name())); err != nil {
+	paths, size := findFiles(c.stem)
+	for _, path := range paths {
+		if err := os.Remove(path); err != nil {
 			slog.Error("a file can't be deleted", "error", err)
 		}
 	}
@@ -800,23 +801,25 @@ func fileNames(stem string, n int) string {
 	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
 }
 
-// findFiles returns a capture's files, the least recently written first, and their size in bytes. Of two
-// that were written at the same time, tcpdump has just begun the smaller one. The files of web are never
-// those of web-2, or of a pod that is named web.pcap0.
-func findFiles(stem string) (files []os.FileInfo, size int64) {
+// findFiles returns the paths of a capture's files, the least recently written first, and their size in
+// bytes. Of two with the same time the smaller is last: tcpdump has just begun it. The files of web are
+// never those of web-2, or of a pod that is named web.pcap0.
+func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
 	}
+	infos := map[string]os.FileInfo{}
 	all, _ := filepath.Glob(stem + "*")
 	for _, path := range all {
 		if info, err := os.Lstat(path); err == nil && strings.TrimRight(path, digits) == stem {
-			files, size = append(files, info), size+info.Size()
+			paths, size, infos[path] = append(paths, path), size+info.Size(), info
 		}
 	}
-	slices.SortStableFunc(files, func(a, b os.FileInfo) int {
-		return cmp.Or(a.ModTime().Compare(b.ModTime()), cmp.Compare(b.Size(), a.Size()))
+	slices.SortStableFunc(paths, func(a, b string) int {
+		byTime := infos[a].ModTime().Compare(infos[b].ModTime())
+		return cmp.Or(byTime, cmp.Compare(infos[b].Size(), infos[a].Size()))
 	})
-	return files, size
+	return paths, size
 }
 
 // ---- A pod's cgroup, its processes and its network ----
@@ -880,7 +883,7 @@ func (g *cgroups) of(p pod) []string {
 	return nil
 }
 
-// below returns the path of a cgroup in another one, whose name systemd repeats.
+// below returns the path of a cgroup in another one; systemd puts that one's name in front.
 func below(cgroup, name string) string {
 	if slice, isSystemd := strings.CutSuffix(cgroup, ".slice"); isSystemd {
 		name = filepath.Base(slice) + "-" + strings.ReplaceAll(name, "-", "_") + ".slice"
@@ -913,7 +916,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
 }
 
 // sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has another
-// one, without eth0. A process with the host's network and root is the runtime's, and still to enter.
+// one, without eth0. A process with the host's network and root is the runtime's, not yet in the pod.
 func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	dir := filepath.Join(g.proc, pid)
 	network, err := os.Readlink(dir + "/ns/net")
@@ -1198,30 +1201,32 @@ func findCapture(root, name string) (stem string, err error) {
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
 const pcapHeader, packetHeader = 24, 16
 
-// cat writes the files of a capture as one pcap, the oldest one first. A file that changes meanwhile is
-// being overwritten, and is left out; only the last one may grow. It prints to stderr how much it wrote,
-// because kubectl exec may cut off a slow reader and still exit with 0.
+// cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
+// meanwhile is being overwritten, and is left out. It prints to stderr how much it wrote, because
+// kubectl exec may cut off a slow reader and still exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
 		return err
 	}
+	paths, _ := findFiles(stem)
+	heads := map[string]string{}
+	for _, path := range paths {
+		heads[path] = head(path)
+	}
+	// They are ordered after their heads were read, so that one that is overwritten in between is noticed.
+	paths, _ = findFiles(stem)
+
 	packets, written := 0, 0
-	files, _ := findFiles(stem)
-	for i, file := range files {
-		path := filepath.Join(root, file.Name())
+	for _, path := range paths {
+		if len(heads[path]) < pcapHeader {
+			continue // it had just been begun
+		}
 		data, err := os.ReadFile(path)
-		now, statErr := os.Lstat(path)
-		isLast := i == len(files)-1
-		if err != nil || statErr != nil || now.Size() < int64(len(data)) ||
-			!isLast && !now.ModTime().Equal(file.ModTime()) {
+		if err != nil || !strings.HasPrefix(head(path), heads[path]) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
 		}
-		if len(data) < pcapHeader {
-			continue // it has just been begun
-		}
-
 		count, end := countPackets(data)
 		n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
 		if packets, written = packets+count, written+n; err != nil {
@@ -1234,6 +1239,14 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	noun := map[bool]string{true: "packet", false: "packets"}[packets == 1]
 	fmt.Fprintf(stderr, "%d %s, %d bytes\n", packets, noun, written)
 	return nil
+}
+
+// head returns the headers of a file and its first packet. If they change, the file is overwritten.
+func head(path string) string {
+	file, _ := os.Open(path)
+	defer file.Close()
+	head, _ := io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
+	return string(head)
 }
 
 // countPackets counts the whole packets of a file, and returns where the last one ends.
@@ -1255,48 +1268,49 @@ func liveView(ctx context.Context, root, name string) error {
 	if err != nil {
 		return err
 	}
-	process, shared := findTcpdump(stem)
-	network, err := os.Open(process + "/ns/net")
+	dir, arguments := findTcpdump(stem)
+	network, err := os.Open(dir + "/ns/net")
 	// It is found again, so that the network that was opened is this process's.
-	if again, _ := findTcpdump(stem); err != nil || again != process {
+	if again, _ := findTcpdump(stem); err != nil || again != dir {
 		return fmt.Errorf("no tcpdump is capturing %s now: kubectl describe pod says why", name)
 	}
 
-	ctx, stop := context.WithCancelCause(ctx)
+	running, stop := context.WithCancelCause(ctx)
 	go func() {
 		io.Copy(io.Discard, os.Stdin)
 		stop(errors.New("stdin has ended: kubectl exec needs -i and a stdin that stays open"))
 	}()
 	go func() {
-		for readFile(process+"/cmdline") != "" { // as long as it lives
+		for readFile(dir+"/cmdline") != "" { // as long as it lives
 			time.Sleep(100 * time.Millisecond)
 		}
 		stop(nil)
 	}()
 
-	tcpdump, err := start(ctx, network, append([]string{"--immediate-mode", "-w", "-"}, shared...)...)
+	arguments = append([]string{"--immediate-mode", "-w", "-"}, arguments...)
+	tcpdump, err := start(running, network, arguments...)
 	if err == nil {
 		io.Copy(os.Stderr, tcpdump.stderr) // it says how many packets were dropped
 		err = tcpdump.wait()
 	}
-	if cause := context.Cause(ctx); cause != context.Canceled {
-		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", err))
+	if cause := context.Cause(running); ctx.Err() == nil && cause != context.Canceled {
+		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", cmp.Or(err, errors.New("exit status 0"))))
 	}
 	return nil
 }
 
 // findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its arguments
 // after their path. It looks only at this container's processes, since another pod can imitate one.
-func findTcpdump(stem string) (process string, shared []string) {
+func findTcpdump(stem string) (dir string, arguments []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")
-	for _, process := range all {
-		if mounts, _ := os.Readlink(process + "/ns/mnt"); mounts != ours {
+	for _, dir := range all {
+		if mounts, _ := os.Readlink(dir + "/ns/mnt"); mounts != ours {
 			continue
 		}
-		before, after, found := strings.Cut(readFile(process+"/cmdline"), "\x00-w\x00"+stem+"\x00")
+		before, after, found := strings.Cut(readFile(dir+"/cmdline"), "\x00-w\x00"+stem+"\x00")
 		if found && strings.HasPrefix(before, "tcpdump\x00") {
-			return process, strings.Split(strings.TrimSuffix(after, "\x00"), "\x00")
+			return dir, strings.Split(strings.TrimSuffix(after, "\x00"), "\x00")
 		}
 	}
 	return "", nil

@@ -58,9 +58,9 @@ func (w *world) keptAfter(wait time.Duration, events ...string) {
 	w.Helper()
 	w.pass(wait)
 	last := w.kids.last()
-	kept, _ := findFiles(last.stem)
+	paths, _ := findFiles(last.stem)
 	is(w, "tcpdump lives", last.lives(), false)
-	is(w, "files that are kept", len(kept), len(last.files))
+	is(w, "files that are kept", len(paths), len(last.files))
 	w.told(events...)
 }
 
@@ -176,7 +176,7 @@ func TestStart(t *testing.T) {
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
 	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
 		"that allows ptrace (Unconfined): readlink /none/1/ns/net: no such file")
-	says(t, run(t.Context(), []string{"help"}), `unknown command "help": use cat or live with <namespace>/<pod>`)
+	says(t, run(t.Context(), []string{"help"}), `can't run "help": use cat or live with <namespace>/<pod>`)
 	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
 	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
 	t.Setenv("NODE_NAME", "")
@@ -935,8 +935,8 @@ func TestCat(t *testing.T) {
 	gone := errors.New("the reader has gone")
 	for name, test := range map[string]struct {
 		files contents
-		turns string // the digits of the file that is written anew when the first one has been read
-		err   error  // of the reader
+		then  contents // is written when the first file has been read
+		err   error    // of the reader
 		want  []byte
 		says  string
 	}{
@@ -948,17 +948,21 @@ func TestCat(t *testing.T) {
 			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
 		"equal, the first one just begun": {files: contents{"0": pcap(5), "1": pcap(5, 6)},
 			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
-		"the last grows": {files: contents{"0": pcap(1), "1": pcap(3)}, turns: "1", want: pcap(1, 9, 10),
-			says: "3 packets, 106 bytes\n"},
-		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, turns: "1", want: pcap(1, 5),
+		"the last grows": {files: contents{"0": pcap(1), "1": pcap(3)}, then: contents{"1": pcap(3, 4)},
+			want: pcap(1, 3, 4), says: "3 packets, 105 bytes\n"},
+		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, then: contents{"1": pcap(9)},
+			want: pcap(1, 5),
 			says: "packets may be missing: /capture-web.pcap1 was overwritten or deleted\n2 packets, 78 bytes\n"},
+		"the last is overwritten": {files: contents{"0": pcap(1), "1": pcap(3)}, then: contents{"1": pcap(9)},
+			want: pcap(1),
+			says: "packets may be missing: /capture-web.pcap1 was overwritten or deleted\n1 packet, 51 bytes\n"},
 		"the reader goes": {files: contents{"0": pcap(1), "1": pcap(3)}, err: gone, want: pcap(1)},
 	} {
 		root := writeFiles(t, test.files)
 		var out, said bytes.Buffer
 		err := cat(root, "default/web", writerFunc(func(text []byte) (int, error) {
-			if test.turns != "" {
-				must(t, os.WriteFile(root+"/capture-web.pcap"+test.turns, pcap(9, 10), 0o644))
+			for digits, text := range test.then {
+				must(t, os.WriteFile(root+"/capture-web.pcap"+digits, text, 0o644))
 			}
 			out.Write(text)
 			return len(text), test.err

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"regexp"
 	"slices"
 	"strconv"
@@ -23,7 +24,8 @@ import (
 // The test binary is also `packetcapture live`, of a program whose files are in the folder TEST_LIVE.
 func init() {
 	if root := os.Getenv("TEST_LIVE"); root != "" {
-		if err := liveView(context.Background(), root, "default/web"); err != nil {
+		ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		if err := liveView(ctx, root, "default/web"); err != nil {
 			panic(err)
 		}
 		os.Exit(0)
@@ -349,8 +351,8 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// A live view is a second tcpdump with the capture's filter, which ends with its stdin and with the
-// capture. A tcpdump of another container is not the capture's, whatever its arguments are.
+// A live view is a second tcpdump with the capture's filter, which ends with its stdin, at a signal, and with
+// the capture. A tcpdump of another container is not the capture's, whatever its arguments are.
 func TestLive(t *testing.T) {
 	web := newRealNode(t, 0).newLink("web")
 	for way, isOurs := range map[string]bool{"unshare --mount": false, "env": true} {
@@ -364,7 +366,7 @@ func TestLive(t *testing.T) {
 		must(t, stdin.Close(), imitation.Wait())
 	}
 	web.see(spec{value: "1", filter: "udp port 4001"}, "CaptureStarted", "")
-	for _, isStopped := range []bool{false, true} {
+	for _, end := range []string{"its stdin closes", "SIGTERM", "the capture stops"} {
 		stdout, err := os.Create(t.TempDir() + "/live.pcap")
 		must(t, err)
 		cmd := exec.Command(os.Args[0])
@@ -377,12 +379,15 @@ func TestLive(t *testing.T) {
 		web.say(web.pod, "this", 4001, 1, 1)
 		web.until("a packet comes", func() bool { return packetText.MatchString(readFile(stdout.Name())) })
 		is(t, "the packet", packetText.FindString(readFile(stdout.Name())), "<this-1>")
-		if isStopped {
-			web.forget(web.uid)
-		} else {
+		switch end {
+		case "its stdin closes":
 			must(t, stdin.Close())
+		case "SIGTERM":
+			must(t, cmd.Process.Signal(syscall.SIGTERM))
+		default:
+			web.forget(web.uid)
 		}
-		is(t, "it ends without an error", cmd.Wait() == nil, isStopped)
+		is(t, end+": it ends without an error", cmd.Wait() == nil, end != "its stdin closes")
 		for _, counts := range []string{"1 packet captured\n", "0 packets dropped by kernel\n"} {
 			is(t, "tcpdump says what it had", strings.Contains(said.String(), counts), true)
 		}
