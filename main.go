@@ -79,7 +79,7 @@ const (
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while one is compiled: at most 0.15 s; one of 4,096 bytes took 9 s.
+	// maxFilter is in bytes. The watch waits while one is compiled: at most 0.15 s, with 4,096 bytes 9 s.
 	maxFilter = 1024
 
 	// birthPoll is how often a capture looks for its pod's network. The first container starts about
@@ -406,7 +406,7 @@ func (w *podWatch) forget(uid string) {
 }
 
 // refusal says why annotations are invalid, and what is accepted. If they are valid, it returns "", and
-// a capture that has room has been given enough for the new number of files.
+// has enlarged the room of a capture that has room and needs more.
 func (c *capture) refusal(ctx context.Context, asked spec) string {
 	refuse := func(annotation, value, accepted string) string {
 		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
@@ -1203,7 +1203,7 @@ const pcapHeader, packetHeader = 24, 16
 
 // cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
 // meanwhile is being overwritten, and is left out. It prints to stderr how much it wrote, because
-// kubectl exec may cut off a slow reader and still exit with 0.
+// kubectl exec may cut the output to a slow reader and still exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
@@ -1299,8 +1299,8 @@ func liveView(ctx context.Context, root, name string) error {
 	return nil
 }
 
-// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its arguments
-// after their path. It looks only at this container's processes, since another pod can imitate one.
+// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and what its
+// arguments are after their path. It looks only at this container's processes: others can imitate one.
 func findTcpdump(stem string) (dir string, arguments []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")
