@@ -121,7 +121,7 @@ func main() {
 func run(ctx context.Context, arguments []string) error {
 	switch {
 	case len(arguments) == 2 && arguments[0] == "cat":
-		signal.Reset() // a signal ends it
+		signal.Reset() // or a signal would not end cat
 		return cat("/", arguments[1], os.Stdout, os.Stderr)
 	case len(arguments) == 2 && arguments[0] == "live":
 		return liveView(ctx, "/", arguments[1])

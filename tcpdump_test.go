@@ -21,8 +21,16 @@ import (
 // The real tcpdump in real network namespaces, with real packets. Of the node only the tree of cgroups
 // is made up, and the API server is a fake.
 
-// The test binary is also `packetcapture live`, of a program whose files are in the folder TEST_LIVE.
+// The test binary is also `packetcapture live`, of a program whose files are in the folder TEST_LIVE, and
+// the program itself, with the root TEST_ROOT.
 func init() {
+	if root := os.Getenv("TEST_ROOT"); root != "" {
+		if err := syscall.Chroot(root); err != nil {
+			panic(err)
+		}
+		main()
+		os.Exit(0)
+	}
 	if root := os.Getenv("TEST_LIVE"); root != "" {
 		ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		if err := liveView(ctx, root, "default/web"); err != nil {
@@ -349,6 +357,23 @@ func TestFullDisk(t *testing.T) {
 			web.told("CaptureStarted", "started over at the first file")
 		})
 	}
+}
+
+// A signal ends cat, also while nobody reads what it writes.
+func TestCatEnds(t *testing.T) {
+	needTools(t)
+	root := writeFiles(t, contents{"": pcap(make([]uint32, 10_000)...)}) // more than a pipe holds
+	must(t, os.Remove(root+"/captures/default_web"), os.Symlink("/capture-web.pcap", root+"/captures/default_web"))
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.Args = []string{"packetcapture", "cat", "default/web"}
+	cmd.Env = append(os.Environ(), "TEST_ROOT="+root)
+	stdout, err := cmd.StdoutPipe()
+	must(t, err, cmd.Start())
+	_, err = stdout.Read(make([]byte, 1))
+	must(t, err, cmd.Process.Signal(syscall.SIGTERM))
+	is(t, "cat ends", fmt.Sprint(cmd.Wait()), "signal: terminated")
 }
 
 // A live view is a second tcpdump with the capture's filter, which ends with its stdin, at a signal, and with
