@@ -193,14 +193,12 @@ type agent struct {
 	// start is the function start. Tests replace it.
 	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 
-	// roomLock guards each capture's stem, and rooms: how many files it has room for, by its stem.
-	roomLock sync.Mutex
-	rooms    map[string]int
-
-	// queueLock guards each capture's told, and queues: the Events to post, by namespace. A namespace
-	// is in it while a goroutine posts them.
-	queueLock sync.Mutex
-	queues    map[string][]func()
+	// mu guards what follows, and each capture's stem and told.
+	mu sync.Mutex
+	// rooms is how many files each capture has room for, by its stem.
+	rooms map[string]int
+	// queues has the Events to post, by namespace. A namespace is in it while a goroutine posts them.
+	queues map[string][]func()
 }
 
 func newAgent(cfg config) (*agent, error) {
@@ -504,14 +502,11 @@ func (c *capture) live(ctx context.Context, asked spec) {
 	}
 
 	// A goroutine that is replaced leaves its room to the next one.
-	isLast := context.Cause(ctx) != errReplaced
-	if isLast && !c.captured {
+	isReplaced := context.Cause(ctx) == errReplaced
+	if !isReplaced && !c.captured {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
-	c.clear()
-	if isLast {
-		c.giveRoom()
-	}
+	c.clear(isReplaced)
 }
 
 // await returns the pod's sandbox once nothing is missing for a capture, or when ctx ends. After
@@ -524,8 +519,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 		}
 		// A capture that waits holds no room.
 		if !c.captured {
-			c.clear()
-			c.giveRoom()
+			c.clear(false)
 		}
 
 		waited := time.Since(began)
@@ -565,8 +559,9 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files. No tcpdump may be writing to them.
-func (c *capture) clear() {
+// clear deletes the files, to which no tcpdump may be writing. Unless keepRoom is true, it also gives
+// back the capture's room, its stem and its link.
+func (c *capture) clear(keepRoom bool) {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
 		if err := os.Remove(path); err != nil {
@@ -577,6 +572,14 @@ func (c *capture) clear() {
 		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
 	}
 	c.captured = false
+
+	c.agent.mu.Lock()
+	defer c.agent.mu.Unlock()
+	if c.stem != "" && !keepRoom {
+		os.Remove(c.link)
+		delete(c.agent.rooms, c.stem)
+		c.stem = ""
+	}
 }
 
 // tellStarted reports that tcpdump captures. Anything unusual makes the Event a Warning.
@@ -726,8 +729,8 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 // another namespace's pod has the stem, "_" and a part of the UID make it unique: no name has a "_".
 func (c *capture) takeRoom() (missing string) {
 	a, n := c.agent, c.spec.files
-	a.roomLock.Lock()
-	defer a.roomLock.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	switch free := c.free(); {
 	case a.isFull():
 		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
@@ -752,8 +755,8 @@ func (c *capture) takeRoom() (missing string) {
 // reserveRoom returns how many files the capture may have. If those are n or more, and the capture has
 // room for fewer now, it gets room for n.
 func (c *capture) reserveRoom(n int) (free int) {
-	c.agent.roomLock.Lock()
-	defer c.agent.roomLock.Unlock()
+	c.agent.mu.Lock()
+	defer c.agent.mu.Unlock()
 	if c.stem == "" {
 		return c.agent.limit // it will wait for its room
 	}
@@ -761,17 +764,6 @@ func (c *capture) reserveRoom(n int) (free int) {
 		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return free
-}
-
-// giveRoom gives back a capture's room, its stem and its link.
-func (c *capture) giveRoom() {
-	c.agent.roomLock.Lock()
-	defer c.agent.roomLock.Unlock()
-	if c.stem != "" {
-		os.Remove(c.link)
-		delete(c.agent.rooms, c.stem)
-		c.stem = ""
-	}
 }
 
 // free is how many files a capture may have: those that no other capture has room for.
@@ -1012,8 +1004,8 @@ func (g *cgroups) startTime(pid string) uint64 {
 // waits for the API server.
 func (c *capture) tell(kind, reason, format string, values ...any) {
 	a, namespace := c.agent, c.pod.namespace
-	a.queueLock.Lock()
-	defer a.queueLock.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	message, at := fmt.Sprintf(format, values...), time.Now()
 	if message == c.told {
 		return
@@ -1035,13 +1027,13 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 // postAll posts a namespace's Events in order. A namespace with a slow webhook delays only its own. The
 // Event that is being posted stays the first of the queue, so that tell sees that one is.
 func (a *agent) postAll(namespace string) {
-	a.queueLock.Lock()
-	defer a.queueLock.Unlock()
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	for ; len(a.queues[namespace]) > 0; a.queues[namespace] = a.queues[namespace][1:] {
 		post := a.queues[namespace][0]
-		a.queueLock.Unlock()
+		a.mu.Unlock()
 		post()
-		a.queueLock.Lock()
+		a.mu.Lock()
 	}
 	delete(a.queues, namespace)
 }
