@@ -161,7 +161,7 @@ func (p *fakeProc) end(pid int) {
 // gone removes the cgroup of a pod, and ends what is in it.
 func (p *fakeProc) gone(uid string) {
 	folder := p.tree(filepath.Dir(cgroupOf(uid)))
-	for _, pid := range processesIn(cgroupsIn(folder)) {
+	for _, pid := range processesIn(cgroupsIn(folder)...) {
 		must(p, os.RemoveAll(filepath.Join(p.dir, pid)))
 	}
 	must(p, os.RemoveAll(folder))
@@ -269,7 +269,7 @@ func begin(pid int, life func(stderr io.Writer) error) *process {
 		ended <- life(its)
 		its.Close()
 	}()
-	return &process{pid, stderr, func() error { return <-ended }}
+	return &process{strconv.Itoa(pid), stderr, func() error { return <-ended }}
 }
 
 // live is a child's life. Like os/exec it sends SIGTERM when ctx ends, and SIGKILL after termGrace.

@@ -440,7 +440,7 @@ func (c *capture) compile(ctx context.Context, asked spec) error {
 		return nil
 	}
 	link := "EN10MB"
-	if s, _ := c.agent.cgroups.find(c.pod, sandbox{}); s.device(asked) == "any" {
+	if c.agent.cgroups.find(c.pod, sandbox{}).device(asked) == "any" {
 		link = "LINUX_SLL2"
 	}
 	tcpdump, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
@@ -490,12 +490,12 @@ func (c *capture) live(ctx context.Context, asked spec) {
 			retry = tcpdumpBackoff
 		}
 		// If the network is gone, await reports it. A new one that is there is captured at once.
-		switch now, hasNetwork := c.agent.cgroups.find(c.pod, s); {
+		switch now := c.agent.cgroups.find(c.pod, s); {
 		case ctx.Err() != nil:
 		case err == errFull || now.network == s.network:
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
-		case hasNetwork && c.captured:
+		case now.network != "" && c.captured:
 			c.tell("Normal", "CaptureStopped",
 				"Stopped: %s; the pod's new network is captured from now on", c.counts)
 		}
@@ -547,10 +547,10 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 
 // look returns the pod's sandbox, and what is missing for a capture: "" or "<what>: <why>".
 func (c *capture) look(last sandbox) (s sandbox, missing string) {
-	s, ok := c.agent.cgroups.find(c.pod, last)
+	s = c.agent.cgroups.find(c.pod, last)
 	device := s.device(c.spec)
 	switch {
-	case !ok:
+	case s.network == "":
 		return s, "the pod's network: the pod has not started yet, or has ended"
 	// tcpdump would accept more: "2" for the second interface, and nflog, which is none.
 	case device != "any" && !slices.Contains(s.interfaces, device):
@@ -593,7 +593,7 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 			kind, more = "Warning", more+"; "+text
 		}
 	}
-	warn(s.isHost, "this pod has the host's network, so the files hold the whole node's traffic")
+	warn(s.standard == "any", "this pod has the host's network, so the files hold the whole node's traffic")
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
@@ -646,22 +646,22 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 }
 
 // oversee stops a running tcpdump if the disk is full, or if the pod's network has gone or changed.
-func (c *capture) oversee(running context.Context, stop func(error), s sandbox, pid int) {
+func (c *capture) oversee(running context.Context, stop func(error), s sandbox, pid string) {
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
-		now, ok := c.agent.cgroups.find(c.pod, s)
+		now := c.agent.cgroups.find(c.pod, s).network
 		// When a container of CRI-O crashes, tcpdump may be the only process in the pod's network. Then
 		// the network is found through tcpdump.
-		if !ok {
-			now, ok = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: strconv.Itoa(pid)})
+		if now == "" {
+			now = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: pid}).network
 		}
-		if ok {
+		if now != "" {
 			hadNetwork = time.Now()
 		}
 		switch {
 		case c.agent.isFull():
 			stop(errFull)
-		case ok && now.network != s.network, time.Since(hadNetwork) >= ringDelay:
+		case now != "" && now != s.network, time.Since(hadNetwork) >= ringDelay:
 			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
@@ -669,7 +669,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 
 // process is a running tcpdump. Its owner reads stderr to its end and then calls wait, as read does.
 type process struct {
-	pid    int
+	pid    string
 	stderr io.Reader
 	wait   func() error
 }
@@ -693,7 +693,7 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 	if err != nil {
 		return nil, err
 	}
-	return &process{cmd.Process.Pid, stderr, cmd.Wait}, nil
+	return &process{strconv.Itoa(cmd.Process.Pid), stderr, cmd.Wait}, nil
 }
 
 // read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
@@ -832,9 +832,8 @@ type cgroups struct {
 type sandbox struct {
 	// network is "net:[4026532281]", say, which names a namespace as long as it exists.
 	network, pid string
-	isHost       bool
 	interfaces   []string
-	// standard is the device that is captured unless an annotation names one.
+	// standard is the device that is captured unless an annotation names one: any in the host's network.
 	standard string
 }
 
@@ -842,9 +841,9 @@ func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standa
 
 // newCgroups finds the cgroup kubepods, which is a level deeper in kind. cgroup v1 has one in each
 // hierarchy; those of systemd and pids have the fewest files to walk through.
-func newCgroups(proc string) (g *cgroups, err error) {
-	g = &cgroups{proc: proc}
-	if g.hostNet, err = os.Readlink(proc + "/1/ns/net"); err != nil {
+func newCgroups(proc string) (*cgroups, error) {
+	hostNet, err := os.Readlink(proc + "/1/ns/net")
+	if err != nil {
 		return nil, err
 	}
 	root := proc + "/1/root/sys/fs/cgroup"
@@ -852,9 +851,8 @@ func newCgroups(proc string) (g *cgroups, err error) {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
 			if found, _ := filepath.Glob(tree + name); len(found) > 0 {
 				kubepods := found[0]
-				g.classes = []string{below(kubepods, "burstable"), below(kubepods, "besteffort"), kubepods}
-				g.tree = tree
-				return g, nil
+				classes := []string{below(kubepods, "burstable"), below(kubepods, "besteffort"), kubepods}
+				return &cgroups{proc: proc, hostNet: hostNet, tree: tree, classes: classes}, nil
 			}
 		}
 	}
@@ -884,27 +882,28 @@ func below(cgroup, name string) string {
 }
 
 // find returns a pod's network: that of its oldest process, since containers may create networks of
-// their own. As long as last.pid is still in last.network, it returns that one.
-func (g *cgroups) find(p pod, last sandbox) (s sandbox, ok bool) {
+// their own. As long as last.pid is still in last.network, it returns that one. Without a network the
+// sandbox is empty.
+func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	all := g.of(p)
 	if len(all) == 0 {
-		return s, false
+		return s
 	}
-	if s, inPod := g.sandboxOf(last.pid); inPod && s.network == last.network {
-		return s, true
+	if now, inPod := g.sandboxOf(last.pid); inPod && now.network == last.network {
+		return now
 	}
-	pids := processesIn(all)
+	pids := processesIn(all...)
 	if len(pids) == 0 {
-		pids = g.strayProcesses(filepath.Base(all[0]) + ":")
+		pids = g.strayProcesses("/" + filepath.Base(all[0]) + ":")
 	}
 	oldest := uint64(math.MaxUint64)
 	for _, pid := range pids {
 		born := g.startTime(pid)
 		if now, inPod := g.sandboxOf(pid); inPod && born < oldest {
-			s, ok, oldest = now, true, born
+			s, oldest = now, born
 		}
 	}
-	return s, ok
+	return s
 }
 
 // sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has another
@@ -915,13 +914,13 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	if err != nil {
 		return s, false
 	}
-	s = sandbox{network: network, pid: pid, isHost: network == g.hostNet, standard: podInterface}
+	s = sandbox{network: network, pid: pid, standard: podInterface}
 	for line := range strings.Lines(readFile(dir + "/net/dev")) {
 		if name, _, ok := strings.Cut(line, ":"); ok {
 			s.interfaces = append(s.interfaces, strings.TrimSpace(name))
 		}
 	}
-	if !s.isHost {
+	if network != g.hostNet {
 		return s, slices.Contains(s.interfaces, podInterface)
 	}
 	s.standard = "any"
@@ -944,7 +943,7 @@ func (g *cgroups) open(s sandbox) (*os.File, error) {
 	return file, nil
 }
 
-func processesIn(cgroups []string) (pids []string) {
+func processesIn(cgroups ...string) (pids []string) {
 	for _, cgroup := range cgroups {
 		pids = append(pids, strings.Fields(readFile(cgroup+"/cgroup.procs"))...)
 	}
@@ -953,15 +952,15 @@ func processesIn(cgroups []string) (pids []string) {
 
 // strayProcesses returns the processes of a pod whose containers are outside its cgroup. That is so
 // where the kubelet uses the systemd driver and the runtime takes the slice's path for a plain name.
-func (g *cgroups) strayProcesses(prefix string) (pids []string) {
+func (g *cgroups) strayProcesses(name string) (pids []string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if time.Since(g.listed) >= 4*birthPoll { // all captures share the list
 		g.strays, g.listed = cgroupsIn(g.tree+"/system.slice"), time.Now()
 	}
 	for _, stray := range g.strays {
-		if strings.HasPrefix(filepath.Base(stray), prefix) {
-			pids = append(pids, processesIn(cgroupsIn(stray))...)
+		if strings.Contains(stray, name) {
+			pids = append(pids, processesIn(stray)...)
 		}
 	}
 	return pids
@@ -988,14 +987,12 @@ func cgroupsIn(cgroup string) []string {
 }
 
 // startTime is field 22 of a process's stat, in clock ticks. Field 2, a command, ends at the last ")".
-func (g *cgroups) startTime(pid string) uint64 {
+func (g *cgroups) startTime(pid string) (ticks uint64) {
 	stat := readFile(filepath.Join(g.proc, pid, "stat"))
-	fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
-	if len(fields) < 20 {
-		return math.MaxUint64 // it has ended
+	if fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:]); len(fields) >= 20 {
+		ticks, _ = strconv.ParseUint(fields[19], 10, 64)
 	}
-	ticks, _ := strconv.ParseUint(fields[19], 10, 64)
-	return ticks
+	return ticks // 0 if the process has ended
 }
 
 // ---- Events ----

@@ -628,8 +628,11 @@ func TestDiskFull(t *testing.T) {
 func networkOf(t *testing.T, proc *fakeProc, p annotated) string {
 	g, err := newCgroups(proc.dir)
 	must(t, err)
-	s, ok := g.find(p.pod, sandbox{})
-	return map[bool]string{true: strings.TrimPrefix(filepath.Base(filepath.Dir(s.network)), "net-")}[ok]
+	network := g.find(p.pod, sandbox{}).network
+	if network == "" {
+		return ""
+	}
+	return strings.TrimPrefix(filepath.Base(filepath.Dir(network)), "net-")
 }
 
 // openIn are the links of what is open in a folder.
@@ -687,7 +690,7 @@ func TestCgroupNames(t *testing.T) {
 func TestOldestProcess(t *testing.T) {
 	type in struct{ net, root string } // a process
 	for name, test := range map[string]struct {
-		processes []in // the oldest first
+		processes []in // the oldest first; PIDs go down, as after they wrapped around
 		network   string
 	}{
 		"the runtime is still to join":      {processes: []in{{host, host}}, network: ""},
@@ -704,7 +707,7 @@ func TestOldestProcess(t *testing.T) {
 		proc.interfaces("multus", "lo", "net1", "eth00", "eth0")
 		add := func(i int) {
 			ps := test.processes[i]
-			proc.add(fakeProcess{pid: 100 + i, cgroup: cgroupOf(uidA), net: ps.net, root: ps.root, born: 9_999 + i})
+			proc.add(fakeProcess{pid: 100 - i, cgroup: cgroupOf(uidA), net: ps.net, root: ps.root, born: 9_999 + i})
 		}
 		for i := range test.processes {
 			add(i)
@@ -721,10 +724,10 @@ func TestReusedPID(t *testing.T) {
 	proc.pod(50, web.uid)
 	g, err := newCgroups(proc.dir)
 	must(t, err)
-	s, _ := g.find(web.pod, sandbox{})
+	s := g.find(web.pod, sandbox{})
 	proc.pod(50, db.uid)
 	proc.pod(51, web.uid)
-	now, _ := g.find(web.pod, s)
+	now := g.find(web.pod, s)
 	is(t, "the network that is found", now.network, s.network)
 
 	_, err = g.open(s)
