@@ -645,7 +645,7 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 		ctx, end := context.WithCancel(t.Context())
 		w := &world{T: t, agent: a, api: api, proc: proc, root: root, end: end}
 		w.kids = &children{TB: t, proc: proc}
-		a.http.Transport, a.start, a.ready = api, w.kids.start, func() { w.delivered.Add(1) }
+		a.api, a.start, a.ready = api, w.kids.start, func() { w.delivered.Add(1) }
 		defer slog.SetDefault(slog.Default())
 		slog.SetDefault(slog.New(slog.NewTextHandler(&w.log, nil)))
 		w.program.Go(func() { a.run(ctx) })

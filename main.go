@@ -43,6 +43,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"net"
@@ -83,16 +84,15 @@ const (
 	maxFilter = 1024
 
 	// birthPoll is how often a capture looks for its pod's network. The first container starts about
-	// 100 ms after the network is there. After birthTime a capture looks once a second.
+	// 100 ms after the network is there. After 5 minutes, or when an interface, room or disk space is
+	// missing, a capture looks twice a second.
 	birthPoll = 25 * time.Millisecond
-	birthTime = 5 * time.Minute
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
 	// ringDelay is how long tcpdump, which reads its ring once a second, runs on after its pod's end.
 	ringDelay = 3 * time.Second
-	// termGrace passes between a tcpdump's SIGTERM and its SIGKILL. The program ends within exitGrace.
+	// termGrace passes between a tcpdump's SIGTERM and its SIGKILL.
 	termGrace = 2 * time.Second
-	exitGrace = 4500 * time.Millisecond
 	// eventTime is how long an Event is retried. eventQueue is how many Events may wait per namespace.
 	eventTime  = 10 * time.Minute
 	eventQueue = 1000
@@ -182,8 +182,8 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 type agent struct {
 	config
 	cgroups *cgroups
-	// http sends requests to the API server. It has no Timeout, which would end watches.
-	http http.Client
+	// api sends requests to the API server. Tests replace it.
+	api http.RoundTripper
 	// roots is the last CA bundle that could be read.
 	roots atomic.Pointer[x509.CertPool]
 	// alive counts the goroutines that capture and that post Events.
@@ -213,8 +213,12 @@ func newAgent(cfg config) (*agent, error) {
 	}
 	a := &agent{config: cfg, cgroups: groups, start: start,
 		rooms: map[string]int{}, queues: map[string][]func(){}}
-	a.http.Transport = a.transport()
-	// The readiness probe only connects. ReadTimeout closes its connections, or they would pile up.
+	// It never connects through HTTPS_PROXY: Proxy is not set. Without ForceAttemptHTTP2 there would be
+	// no HTTP/2, whose pings detect a half-open connection. It buffers little that is not read yet.
+	a.api = &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
+			MaxReceiveBufferPerStream: 256 << 10}}
+	// The readiness probe only connects. ReadTimeout closes connections that others leave open.
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
 	a.ready = sync.OnceFunc(func() {
 		go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
@@ -223,7 +227,7 @@ func newAgent(cfg config) (*agent, error) {
 }
 
 // run captures until ctx ends. Then all captures end at the same time and the last Events are posted.
-// It returns after exitGrace at the latest, whatever a tcpdump or the API server does.
+// It returns after 4.5 s at the latest, whatever a tcpdump or the API server does.
 func (a *agent) run(ctx context.Context) {
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
 	ended, end := context.WithCancel(context.Background())
@@ -233,7 +237,7 @@ func (a *agent) run(ctx context.Context) {
 		end()
 	}()
 	<-ctx.Done()
-	sleep(ended, exitGrace)
+	sleep(ended, 4500*time.Millisecond)
 }
 
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
@@ -259,10 +263,11 @@ type podWatch struct {
 	captures map[string]*capture
 	// version is the resourceVersion of the last event, or anyVersion.
 	version string
-	// delivered has the UIDs of the pods that the current watch has delivered.
-	delivered map[string]bool
-	retry     backoff
-	// complaint is the last error without its digits. It is "" when all is well.
+	// unseen has the captures whose pods the current watch has not delivered.
+	unseen map[string]*capture
+	retry  backoff
+	// complaint is the last error, so that the same one is logged once, or "" when all is well. It has no
+	// digits, because a port in it differs each time.
 	complaint string
 }
 
@@ -272,14 +277,12 @@ func (w *podWatch) follow(ctx context.Context) {
 		version := w.version
 		err := w.watch(ctx)
 		switch {
-		case asStatus(err).Code == http.StatusGone && version != anyVersion:
-			// The server no longer has the history since that version.
-			w.version = anyVersion
-		case err == nil && w.version == version:
-			// Not even a bookmark came: after a restore of etcd the server may be behind that version.
+		case asStatus(err).Code == http.StatusGone && version != anyVersion,
+			err == nil && w.version == version:
+			// The server has no history since that version. Or not even a bookmark came: after a restore
+			// of etcd the server may be behind that version.
 			w.version = anyVersion
 		case err != nil && ctx.Err() == nil:
-			// The same error is logged once. Digits are ignored: a port in its text differs each time.
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 			if complaint != w.complaint {
 				slog.Warn("can't watch the pods; captures go on", "error", err)
@@ -306,7 +309,7 @@ func (w *podWatch) watch(ctx context.Context) error {
 	defer body.Close()
 
 	began, version := time.Now(), w.version
-	w.delivered = map[string]bool{}
+	w.unseen = maps.Clone(w.captures)
 	for decoder := json.NewDecoder(body); err == nil; {
 		err = w.next(ctx, decoder)
 	}
@@ -330,7 +333,7 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	if err := decoder.Decode(&e); err != nil {
 		return err
 	}
-	p, asked := e.Object.pod()
+	p, asked := e.pod()
 	version := e.Object.Metadata.ResourceVersion
 	switch {
 	case e.Type == "ERROR":
@@ -344,16 +347,14 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	}
 	w.agent.ready()
 
-	w.delivered[p.uid] = true
+	delete(w.unseen, p.uid)
 	if w.version == anyVersion {
 		// Until the list is complete, a watch that breaks must begin with all pods again.
 		if e.Type == "ADDED" {
 			return nil
 		}
-		for uid := range w.captures {
-			if !w.delivered[uid] {
-				w.forget(uid)
-			}
+		for uid := range w.unseen {
+			w.forget(uid)
 		}
 	}
 	if w.version != version && w.complaint != "" {
@@ -410,7 +411,6 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
 	}
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
-	isUnprintable := func(r rune) bool { return !unicode.IsPrint(r) }
 	switch {
 	case n < 1 || n > limit || asked.value != strconv.Itoa(n): // tcpdump takes "5abc" for 5
 		return refuse(annotation, asked.value, fmt.Sprintf(
@@ -418,7 +418,7 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 	case len(iface) > 15 || strings.HasPrefix(iface, "-") || strings.Trim(iface, interfaceChars) != "":
 		return refuse(interfaceAnnotation, iface, "the name of a network interface, or any, "+
 			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
-	case len(filter) > maxFilter || strings.ContainsFunc(filter, isUnprintable):
+	case len(filter) > maxFilter || strings.TrimFunc(filter, unicode.IsPrint) != "":
 		return refuse(filterAnnotation, filter, fmt.Sprintf(
 			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter))
 	}
@@ -533,14 +533,11 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 			}
 		}
 		poll := birthPoll
-		if waited >= birthTime {
-			poll = time.Second
-		} else if s.network != "" { // an interface, room or disk space is missing
-			poll = 20 * birthPoll
+		if s.network != "" || waited >= 5*time.Minute {
+			poll = time.Second / 2
 		}
 		// All captures look at the same moments, so that the program wakes up less often.
-		now := time.Now()
-		sleep(ctx, now.Truncate(poll).Add(poll).Sub(now))
+		sleep(ctx, time.Until(time.Now().Truncate(poll).Add(poll)))
 	}
 	return s
 }
@@ -593,7 +590,8 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 			kind, more = "Warning", more+"; "+text
 		}
 	}
-	warn(s.standard == "any", "this pod has the host's network, so the files hold the whole node's traffic")
+	isHost := s.standard == "any"
+	warn(isHost, "this pod has the host's network, so the files hold the whole node's traffic")
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
@@ -1071,23 +1069,20 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 
 // ---- The API server ----
 
-// event is one event of a watch.
+// event is one event of a watch. Its object is a pod or, in an ERROR event, a Status.
 type event struct {
 	Type   string
-	Object object
-}
-
-// object is a pod or, in an ERROR event, a Status, whose fields are at the top as well.
-type object struct {
-	Metadata struct {
-		Namespace, Name, UID, ResourceVersion string
-		Annotations                           map[string]string
+	Object struct {
+		Metadata struct {
+			Namespace, Name, UID, ResourceVersion string
+			Annotations                           map[string]string
+		}
+		statusError
 	}
-	statusError
 }
 
-func (o *object) pod() (p pod, asked spec) {
-	m := &o.Metadata
+func (e *event) pod() (p pod, asked spec) {
+	m := &e.Object.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
 	// A static pod's cgroup is named after a hash of its manifest. Users may create pods that claim one,
 	// so it must not be another pod's UID, which has dashes.
@@ -1099,14 +1094,6 @@ func (o *object) pod() (p pod, asked spec) {
 	asked.filter = strings.TrimSpace(m.Annotations[filterAnnotation])
 	asked.iface = m.Annotations[interfaceAnnotation]
 	return p, asked
-}
-
-// transport returns what connects to the API server, never through HTTPS_PROXY: Proxy is not set.
-// Without ForceAttemptHTTP2 there would be no HTTP/2, whose pings detect a half-open connection.
-func (a *agent) transport() *http.Transport {
-	return &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
-			MaxReceiveBufferPerStream: 256 << 10}} // buffer little that is not read yet
 }
 
 // dial reads the CA bundle each time, since it may be replaced. If unreadable, the last one is used.
@@ -1126,19 +1113,16 @@ func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, er
 // do sends a request and returns the body of the answer, which the caller closes. An answer other than
 // 2xx is a statusError. The token is read each time, because it is replaced every hour.
 func (a *agent) do(ctx context.Context, verb, path, as string, body []byte) (io.ReadCloser, error) {
-	token, err := os.ReadFile(a.account + "/token")
-	if err != nil {
-		return nil, fmt.Errorf("the service account's token: %w", err)
-	}
+	token, tokenErr := os.ReadFile(a.account + "/token")
 	request, err := http.NewRequestWithContext(ctx, verb, a.url+path, bytes.NewReader(body))
-	if err != nil {
+	if err = cmp.Or(tokenErr, err); err != nil {
 		return nil, err
 	}
 	request.Header = http.Header{"Authorization": {"Bearer " + strings.TrimSpace(string(token))},
 		"Accept": {as}, "Content-Type": {"application/json"}, "User-Agent": {"packetcapture"}}
-	response, err := a.http.Do(request)
+	response, err := a.api.RoundTrip(request)
 	if err != nil {
-		return nil, errors.Unwrap(err) // a *url.Error's, without the URL
+		return nil, err
 	}
 	if response.StatusCode/100 == 2 {
 		return response.Body, nil
@@ -1188,7 +1172,8 @@ func findCapture(root, name string) (stem string, err error) {
 }
 
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
-const pcapHeader, packetHeader = 24, 16
+// If the head of a file, its header and that of its first packet, changes, it is being overwritten.
+const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
 // cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
 // meanwhile is being overwritten, and is left out. It prints to stderr how much it wrote, because
@@ -1201,20 +1186,20 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	paths, _ := findFiles(stem)
 	heads := map[string]string{}
 	for _, path := range paths {
-		heads[path] = head(path)
+		heads[path] = readStart(path, head)
 	}
 	// They are ordered after their heads were read, so that one that is overwritten in between is noticed.
 	paths, _ = findFiles(stem)
 
 	packets, written := 0, 0
 	for _, path := range paths {
-		if len(heads[path]) < pcapHeader {
-			continue // it had just been begun
-		}
 		data, err := os.ReadFile(path)
-		if err != nil || !strings.HasPrefix(head(path), heads[path]) {
+		if err != nil || !strings.HasPrefix(readStart(path, head), heads[path]) {
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
 			continue
+		}
+		if min(len(data), len(heads[path])) < pcapHeader {
+			continue // it had just been begun
 		}
 		count, end := countPackets(data)
 		n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
@@ -1228,14 +1213,6 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	noun := map[bool]string{true: "packet", false: "packets"}[packets == 1]
 	fmt.Fprintf(stderr, "%d %s, %d bytes\n", packets, noun, written)
 	return nil
-}
-
-// head returns the headers of a file and its first packet. If they change, the file is overwritten.
-func head(path string) string {
-	file, _ := os.Open(path)
-	defer file.Close()
-	head, _ := io.ReadAll(io.LimitReader(file, pcapHeader+packetHeader))
-	return string(head)
 }
 
 // countPackets counts the whole packets of a file, and returns where the last one ends.
@@ -1294,11 +1271,9 @@ func findTcpdump(stem string) (dir string, arguments []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")
 	for _, dir := range all {
-		if mounts, _ := os.Readlink(dir + "/ns/mnt"); mounts != ours {
-			continue
-		}
+		mounts, _ := os.Readlink(dir + "/ns/mnt")
 		before, after, found := strings.Cut(readFile(dir+"/cmdline"), "\x00-w\x00"+stem+"\x00")
-		if found && strings.HasPrefix(before, "tcpdump\x00") {
+		if mounts == ours && found && strings.HasPrefix(before, "tcpdump\x00") {
 			return dir, strings.Split(strings.TrimSuffix(after, "\x00"), "\x00")
 		}
 	}
@@ -1332,15 +1307,17 @@ func cut(text string) string {
 	return text
 }
 
-// readFile returns a file's text, or "" if it can't be read, for example because its process has ended.
-// os.ReadFile would make twice as many system calls, since it registers the file with Go's poller.
-func readFile(path string) string {
+func readFile(path string) string { return readStart(path, math.MaxInt64) }
+
+// readStart returns a file's first bytes, or "" if it can't be read, as when its process has ended.
+// os.Open would make twice as many system calls, since it registers the file with Go's poller.
+func readStart(path string, size int64) string {
 	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return ""
 	}
 	file := os.NewFile(uintptr(fd), path)
 	defer file.Close()
-	text, _ := io.ReadAll(file)
+	text, _ := io.ReadAll(io.LimitReader(file, size))
 	return string(text)
 }

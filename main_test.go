@@ -383,7 +383,7 @@ func TestMistakes(t *testing.T) {
 
 // ---- A capture, its tcpdump and its files ----
 
-// A capture starts 25 ms after its pod's network, or 1 s after 5 minutes. What it lacks is told once, after 3 s.
+// A capture starts 25 ms after its pod's network, or after 5 minutes 0.5 s. What it lacks is told once, after 3 s.
 func TestWaiting(t *testing.T) {
 	simulate(t, 0, func(w *world) {
 		w.see(web)
@@ -396,7 +396,7 @@ func TestWaiting(t *testing.T) {
 		w.after(25*time.Millisecond, files{"web": 3}, started)
 		w.pass(10*time.Second - 40*time.Millisecond) // it was just looked for
 		w.proc.pod(51, db.uid)
-		w.after(900*time.Millisecond, files{"web": 3})
+		w.after(400*time.Millisecond, files{"web": 3})
 		w.after(100*time.Millisecond, files{"web": 3, "db": 3}, started)
 
 		newer, namesake := podNamed("web", uidC, "2"), podNamed("web", "1b2c3d4e-0000-d", "1")
@@ -864,10 +864,11 @@ func TestConnection(t *testing.T) {
 	server.EnableHTTP2 = true
 	server.StartTLS()
 	defer server.Close()
-	a := &agent{config: testConfig(t, "", "")}
-	a.url, a.http.Transport = server.URL, a.transport()
+	a, err := newAgent(testConfig(t, newProc(t).dir, t.TempDir()))
+	must(t, err)
+	a.url = server.URL
 	get := func() error {
-		defer a.http.CloseIdleConnections()
+		defer a.api.(*http.Transport).CloseIdleConnections()
 		_, err := a.do(t.Context(), "GET", "/", "", nil)
 		return err
 	}
@@ -879,7 +880,9 @@ func TestConnection(t *testing.T) {
 	is(t, "HTTP's versions", versions, []int{2, 2})
 
 	simulate(t, 0, func(w *world) {
-		transport := w.agent.transport()
+		fresh, err := newAgent(testConfig(w, w.proc.dir, w.TempDir()))
+		must(w, err)
+		transport := fresh.api.(*http.Transport)
 		transport.DialTLSContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			ours, theirs := net.Pipe()
 			w.Cleanup(func() { theirs.Close() })
@@ -887,7 +890,7 @@ func TestConnection(t *testing.T) {
 			conn := tls.Client(ours, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 			return conn, conn.HandshakeContext(ctx)
 		}
-		w.agent.http.Transport = transport
+		w.agent.api = transport
 		w.marked()
 		w.api.push("", ends)
 		w.pass(50 * time.Second)

@@ -142,7 +142,7 @@ func (w *walker) boot() {
 	a, err := newAgent(cfg)
 	must(w, err)
 	var hasEnded atomic.Bool
-	a.http.Transport = transport(func(r *http.Request) (*http.Response, error) {
+	a.api = transport(func(r *http.Request) (*http.Response, error) {
 		if hasEnded.Load() {
 			return refusal(403, "the end of the process ends what is still tried"), nil
 		}
@@ -562,7 +562,7 @@ func fuzzed(t testing.TB, server transport) *podWatch {
 	cfg.limit = 100
 	a, err := newAgent(cfg)
 	must(t, err)
-	a.http.Transport, a.ready = server, func() {}
+	a.api, a.ready = server, func() {}
 	a.start = func(context.Context, *os.File, ...string) (*process, error) {
 		return &process{stderr: strings.NewReader(""), wait: func() error { return nil }}, nil
 	}
@@ -584,9 +584,9 @@ func FuzzAnnotations(f *testing.F) {
 		isFilter := len(filter) <= 1024 && !strings.ContainsFunc(filter, isControl)
 		for name, isValid := range map[string]bool{annotation: number.MatchString(text),
 			interfaceAnnotation: iface.MatchString(text), filterAnnotation: isFilter} {
-			var o object
-			o.Metadata.Annotations = map[string]string{annotation: "5", name: text}
-			p, asked := o.pod()
+			var e event
+			e.Object.Metadata.Annotations = map[string]string{annotation: "5", name: text}
+			p, asked := e.pod()
 			refusal := (&capture{agent: w.agent, pod: p}).refusal(t.Context(), asked)
 			isText := len(refusal) <= 1000 && utf8.ValidString(refusal) && !strings.ContainsFunc(refusal, isControl)
 			if (refusal == "") != isValid || !isText {

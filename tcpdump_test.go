@@ -60,7 +60,7 @@ func newRealNode(t *testing.T, diskFree int64) *realNode {
 	a, err := newAgent(config{nodeName: "node-1", url: "https://127.0.0.1:1", account: n.api.account,
 		proc: n.proc, root: n.root, limit: 1 << 20, diskFree: diskFree})
 	must(t, err)
-	a.http.Transport, n.podWatch = n.api, newPodWatch(a)
+	a.api, n.podWatch = n.api, newPodWatch(a)
 	ctx, stop := context.WithCancel(context.Background())
 	n.ctx = ctx
 	// At the end no process and no file may be left, and no Warning that nobody has waited for.
