@@ -80,7 +80,7 @@ const (
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while one is compiled: at most 0.15 s, with 4,096 bytes 9 s.
+	// maxFilter is in bytes. The watch waits while one is compiled: 0.15 s at most. 4,096 bytes take 9 s.
 	maxFilter = 1024
 
 	// birthPoll is how often a capture looks for its pod's network. The first container starts about
@@ -144,7 +144,7 @@ func run(ctx context.Context, arguments []string) error {
 
 type config struct {
 	nodeName, podName, podNamespace string // of the program's own pod
-	url, account                    string // of the API server; the folder of the service account
+	url, account                    string // the API server's; the service account's folder
 	proc, root                      string // where the host's processes are, and where the files go
 	limit                           int    // files that all captures together may have
 	diskFree                        int64  // percent to leave free
@@ -193,12 +193,14 @@ type agent struct {
 	// start is the function start. Tests replace it.
 	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 
-	// mu guards what follows, and each capture's stem and told.
-	mu sync.Mutex
-	// rooms is how many files each capture has room for, by its stem.
-	rooms map[string]int
-	// queues has the Events to post, by namespace. A namespace is in it while a goroutine posts them.
-	queues map[string][]func()
+	// roomLock guards rooms: how many files a capture has room for, by its stem.
+	roomLock sync.Mutex
+	rooms    map[string]int
+
+	// queueLock guards each capture's told, and queues: the Events to post, by namespace. A namespace
+	// is in it while a goroutine posts them.
+	queueLock sync.Mutex
+	queues    map[string][]func()
 }
 
 func newAgent(cfg config) (*agent, error) {
@@ -279,8 +281,8 @@ func (w *podWatch) follow(ctx context.Context) {
 		switch {
 		case asStatus(err).Code == http.StatusGone && version != anyVersion,
 			err == nil && w.version == version:
-			// The server has no history since that version. Or not even a bookmark came: after a restore
-			// of etcd the server may be behind that version.
+			// The server has no history since that version. Or minutes passed without even a bookmark:
+			// after a restore of etcd the server may be behind that version.
 			w.version = anyVersion
 		case err != nil && ctx.Err() == nil:
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
@@ -469,9 +471,11 @@ type capture struct {
 	captured bool
 	counts   string
 
-	// stem is the path of the files without their digits, "" while the capture has no room. link is the
-	// one in /captures to it. told is the last message.
-	stem, link, told string
+	// stem is the path of the files without their digits, "" while the capture has no room. It changes
+	// under roomLock, so that the watch can read it. link is the one in /captures to it.
+	stem, link string
+	// told is the last message.
+	told string
 }
 
 // live captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
@@ -570,8 +574,8 @@ func (c *capture) clear(keepRoom bool) {
 	}
 	c.captured = false
 
-	c.agent.mu.Lock()
-	defer c.agent.mu.Unlock()
+	c.agent.roomLock.Lock()
+	defer c.agent.roomLock.Unlock()
 	if c.stem != "" && !keepRoom {
 		os.Remove(c.link)
 		delete(c.agent.rooms, c.stem)
@@ -590,8 +594,7 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 			kind, more = "Warning", more+"; "+text
 		}
 	}
-	isHost := s.standard == "any"
-	warn(isHost, "this pod has the host's network, so the files hold the whole node's traffic")
+	warn(s.standard == "any", "this pod has the host's network, so the files hold the whole node's traffic")
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
@@ -727,8 +730,8 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 // another namespace's pod has the stem, "_" and a part of the UID make it unique: no name has a "_".
 func (c *capture) takeRoom() (missing string) {
 	a, n := c.agent, c.spec.files
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.roomLock.Lock()
+	defer a.roomLock.Unlock()
 	switch free := c.free(); {
 	case a.isFull():
 		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
@@ -753,8 +756,8 @@ func (c *capture) takeRoom() (missing string) {
 // reserveRoom returns how many files the capture may have. If those are n or more, and the capture has
 // room for fewer now, it gets room for n.
 func (c *capture) reserveRoom(n int) (free int) {
-	c.agent.mu.Lock()
-	defer c.agent.mu.Unlock()
+	c.agent.roomLock.Lock()
+	defer c.agent.roomLock.Unlock()
 	if c.stem == "" {
 		return c.agent.limit // it will wait for its room
 	}
@@ -782,7 +785,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// fileNames names a capture's files as tcpdump does: one has no digits, and each of n as many as n-1.
+// fileNames names files as tcpdump does: one has no digits, and of several each has as many as n-1.
 func fileNames(stem string, n int) string {
 	if n == 1 {
 		return stem
@@ -880,7 +883,7 @@ func below(cgroup, name string) string {
 }
 
 // find returns a pod's network: that of its oldest process, since containers may create networks of
-// their own. As long as last.pid is still in last.network, it returns that one. Without a network the
+// their own. As long as last.pid is still in last.network, that is kept. If the pod has no network, the
 // sandbox is empty.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	all := g.of(p)
@@ -985,12 +988,14 @@ func cgroupsIn(cgroup string) []string {
 }
 
 // startTime is field 22 of a process's stat, in clock ticks. Field 2, a command, ends at the last ")".
-func (g *cgroups) startTime(pid string) (ticks uint64) {
+func (g *cgroups) startTime(pid string) uint64 {
 	stat := readFile(filepath.Join(g.proc, pid, "stat"))
-	if fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:]); len(fields) >= 20 {
-		ticks, _ = strconv.ParseUint(fields[19], 10, 64)
+	fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
+	if len(fields) < 20 {
+		return math.MaxUint64 // it has ended
 	}
-	return ticks // 0 if the process has ended
+	ticks, _ := strconv.ParseUint(fields[19], 10, 64)
+	return ticks
 }
 
 // ---- Events ----
@@ -999,8 +1004,8 @@ func (g *cgroups) startTime(pid string) (ticks uint64) {
 // waits for the API server.
 func (c *capture) tell(kind, reason, format string, values ...any) {
 	a, namespace := c.agent, c.pod.namespace
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.queueLock.Lock()
+	defer a.queueLock.Unlock()
 	message, at := fmt.Sprintf(format, values...), time.Now()
 	if message == c.told {
 		return
@@ -1020,15 +1025,15 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 }
 
 // postAll posts a namespace's Events in order. A namespace with a slow webhook delays only its own. The
-// Event that is being posted stays the first of the queue, so that tell sees that one is.
+// Event that is being posted stays the first of the queue, so that tell starts no second goroutine.
 func (a *agent) postAll(namespace string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
+	a.queueLock.Lock()
+	defer a.queueLock.Unlock()
 	for ; len(a.queues[namespace]) > 0; a.queues[namespace] = a.queues[namespace][1:] {
 		post := a.queues[namespace][0]
-		a.mu.Unlock()
+		a.queueLock.Unlock()
 		post()
-		a.mu.Lock()
+		a.queueLock.Lock()
 	}
 	delete(a.queues, namespace)
 }
@@ -1052,14 +1057,16 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		answer, err := a.do(ctx, "POST", path, "application/json", body)
 		cancel()
-		switch code := asStatus(err).Code; {
+		status := asStatus(err)
+		switch code := status.Code; {
 		case err == nil:
 			answer.Close()
 			return
-		case code == http.StatusConflict: // an earlier try has posted it
+		case status.Reason == "AlreadyExists": // an earlier try has posted it
 			return
-		// 401, 429 and 5xx may pass. Others do not, such as 403 in a namespace that is being deleted.
-		case code > 0 && code < 500 && code != 401 && code != 429, time.Since(at) >= eventTime:
+		// 401, 409 (of a quota), 429 and 5xx may pass. Others do not, such as 403 in a namespace that is
+		// being deleted.
+		case code > 0 && code < 500 && code != 401 && code != 409 && code != 429, time.Since(at) >= eventTime:
 			slog.Warn("an Event was not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return
 		}
@@ -1139,8 +1146,8 @@ func (a *agent) do(ctx context.Context, verb, path, as string, body []byte) (io.
 
 // statusError is an answer of the API server other than 2xx, or an ERROR event of a watch.
 type statusError struct {
-	Code    int
-	Message string
+	Code            int
+	Reason, Message string
 	// retryAfter is the server's Retry-After, but a minute at most.
 	retryAfter time.Duration
 }
@@ -1188,7 +1195,7 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 	for _, path := range paths {
 		heads[path] = readStart(path, head)
 	}
-	// They are ordered after their heads were read, so that one that is overwritten in between is noticed.
+	// They are ordered after their heads were read: one that is overwritten in between is noticed below.
 	paths, _ = findFiles(stem)
 
 	packets, written := 0, 0

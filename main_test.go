@@ -781,7 +781,8 @@ func TestEventIsTriedAgain(t *testing.T) {
 		"429":          {fault: fault{times: 1, code: 429, retryAfter: "40"}, tries: 2, extra: 40 * time.Second},
 		"401":          {fault: fault{times: 1, code: 401}, tries: 2},
 		"no answer":    {fault: fault{times: 1, hangs: time.Hour}, tries: 2, extra: 10 * time.Second},
-		"it is there":  {fault: fault{code: 409}, tries: 1},
+		"it is there":  {fault: fault{code: 409, body: `{"reason": "AlreadyExists"}`}, tries: 1},
+		"a quota":      {fault: fault{times: 1, code: 409, body: `{"reason": "Conflict"}`}, tries: 2},
 		"503 for long": {fault: fault{code: 503}, isLost: 1},
 		"403":          {fault: fault{code: 403}, tries: 1, isLost: 1},
 	}, func(w *world, test test) {
