@@ -13,7 +13,7 @@
 //	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default: eth0,
 //	                                         or any if the pod has the host's network
 //
-// Events on the pod say what happens, and the folder /captures has a link for each captured pod.
+// Events on the pod say what happens, and /captures has a link for each captured pod, to its files.
 // Two commands in the container read a capture:
 //
 //	packetcapture cat default/web    writes its files to stdout as one pcap
@@ -27,7 +27,7 @@
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
 // (*podWatch).follow keeps a watch of the node's pods, (*podWatch).apply starts captures as annotations
-// ask, and (*capture).live is the life of one. These three are the program; the rest is detail.
+// ask, and (*capture).run is the life of one. These three are the program; the rest is detail.
 package main
 
 import (
@@ -80,11 +80,11 @@ const (
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while one is compiled: 0.15 s at most. 4,096 bytes take 9 s.
+	// maxFilter is in bytes. The watch waits while one is compiled: up to 0.15 s, but 9 s for 4,096 bytes.
 	maxFilter = 1024
 
-	// birthPoll is how often a capture looks for its pod's network. The first container starts about
-	// 100 ms after the network is there. After 5 minutes, or when an interface, room or disk space is
+	// birthPoll is how often a capture looks for its pod's network (namespace). The first container starts
+	// about 100 ms after it is there. After 5 minutes, or when an interface, room or disk space is
 	// missing, a capture looks twice a second.
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
@@ -124,7 +124,7 @@ func run(ctx context.Context, arguments []string) error {
 		signal.Reset() // or a signal would not end cat
 		return cat("/", arguments[1], os.Stdout, os.Stderr)
 	case len(arguments) == 2 && arguments[0] == "live":
-		return liveView(ctx, "/", arguments[1])
+		return live(ctx, "/", arguments[1])
 	case len(arguments) > 0:
 		return fmt.Errorf("can't run %q: use cat or live with <namespace>/<pod>",
 			cut(strings.Join(arguments, " ")))
@@ -246,7 +246,8 @@ func (a *agent) run(ctx context.Context) {
 
 type pod struct {
 	namespace, name, uid string
-	// kubeletUID is in the name of the pod's cgroup. It differs from uid if the pod is static.
+	// kubeletUID is in the name of the pod's cgroup, and kubectl describe finds its Events by it.
+	// It differs from uid if the pod is static.
 	kubeletUID string
 }
 
@@ -276,12 +277,12 @@ type podWatch struct {
 // follow keeps a watch open until ctx ends. A broken watch never stops a capture.
 func (w *podWatch) follow(ctx context.Context) {
 	for ctx.Err() == nil {
-		version := w.version
+		before := w.version
 		err := w.watch(ctx)
 		switch {
-		case asStatus(err).Code == http.StatusGone && version != anyVersion,
-			err == nil && w.version == version:
-			// The server has no history since that version. Or minutes passed without even a bookmark:
+		case asStatus(err).Code == http.StatusGone && before != anyVersion,
+			err == nil && w.version == before:
+			// The server has no history since that version. Or the watch ended without even a bookmark:
 			// after a restore of etcd the server may be behind that version.
 			w.version = anyVersion
 		case err != nil && ctx.Err() == nil:
@@ -310,14 +311,14 @@ func (w *podWatch) watch(ctx context.Context) error {
 	}
 	defer body.Close()
 
-	began, version := time.Now(), w.version
+	began, before := time.Now(), w.version
 	w.unseen = maps.Clone(w.captures)
 	for decoder := json.NewDecoder(body); err == nil; {
 		err = w.next(ctx, decoder)
 	}
 	// Only a watch that delivered or lasted a second has a clean end. If a server accepts watches and
 	// closes them at once, that is an error, and the pauses grow.
-	if w.version != version || time.Since(began) >= time.Second {
+	if w.version != before || time.Since(began) >= time.Second {
 		w.retry = requestBackoff
 		if err == io.EOF {
 			return nil
@@ -326,9 +327,9 @@ func (w *podWatch) watch(ctx context.Context) error {
 	return err
 }
 
-// next applies one event of the watch. From anyVersion it begins with all pods as ADDED, in any order.
-// The first event of another type, at the latest a bookmark after a minute, ends this list. Captures of
-// pods that were not in it are stopped, and a broken watch continues from its last event's version.
+// next applies one event of the watch. From anyVersion a watch begins with all pods as ADDED, in any
+// order. The first event of another type, at the latest a bookmark after a minute, ends this list. Then
+// captures of pods that were not in it are stopped, and the next watch continues from the last version.
 func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	// It is new for each event, because Decode keeps the old value of a field that an event lacks.
 	var e event
@@ -359,7 +360,7 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 			w.forget(uid)
 		}
 	}
-	if w.version != version && w.complaint != "" {
+	if w.complaint != "" {
 		w.complaint = ""
 		slog.Info("the pods are watched again")
 	}
@@ -367,7 +368,7 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	return nil
 }
 
-// apply starts or changes a pod's capture. An invalid annotation does not affect the running one.
+// apply starts or changes a pod's capture. An invalid annotation leaves a running one alone.
 func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	c := w.captures[p.uid]
 	if c == nil {
@@ -395,7 +396,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c.stop(errReplaced)
 		ctx, c.stop = context.WithCancelCause(ctx)
 		c.valid = asked
-		w.agent.alive.Go(func() { c.live(ctx, asked) })
+		w.agent.alive.Go(func() { c.run(ctx, asked) })
 	}
 }
 
@@ -454,7 +455,7 @@ func (c *capture) compile(ctx context.Context, asked spec) error {
 
 // ---- A capture, from its start to its last file ----
 
-// capture is a pod's capture. Each valid change of the annotations starts a goroutine, which runs live.
+// capture is a pod's capture. Each valid change of the annotations starts a goroutine.
 type capture struct {
 	agent *agent
 	pod   pod
@@ -478,9 +479,9 @@ type capture struct {
 	told string
 }
 
-// live captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
+// run captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
 // again when it fails. When it returns, tcpdump has exited and the files are deleted.
-func (c *capture) live(ctx context.Context, asked spec) {
+func (c *capture) run(ctx context.Context, asked spec) {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
 	c.spec = asked
@@ -493,7 +494,7 @@ func (c *capture) live(ctx context.Context, asked spec) {
 		if time.Since(began) > time.Minute {
 			retry = tcpdumpBackoff
 		}
-		// If the network is gone, await reports it. A new one that is there is captured at once.
+		// If the network is gone, await reports it. If there is a new one, it is captured at once.
 		switch now := c.agent.cgroups.find(c.pod, s); {
 		case ctx.Err() != nil:
 		case err == errFull || now.network == s.network:
@@ -516,19 +517,19 @@ func (c *capture) live(ctx context.Context, asked spec) {
 // await returns the pod's sandbox once nothing is missing for a capture, or when ctx ends. After
 // waitingTime an Event names what is missing, once.
 func (c *capture) await(ctx context.Context) (s sandbox) {
-	missing, told := "", ""
+	missing, named := "", ""
 	for began := time.Now(); ctx.Err() == nil; {
 		if s, missing = c.look(s); missing == "" {
 			break
 		}
-		// A capture that waits holds no room.
+		// Until it has captured something, a capture that waits holds no room.
 		if !c.captured {
 			c.clear(false)
 		}
 
 		waited := time.Since(began)
-		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != told {
-			told = what
+		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != named {
+			named = what
 			if _, size := findFiles(c.stem); !c.captured {
 				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
 			} else {
@@ -560,8 +561,8 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files, to which no tcpdump may be writing. Unless keepRoom is true, it also gives
-// back the capture's room, its stem and its link.
+// clear deletes the files, after tcpdump has exited. Unless keepRoom is true, it also gives back the
+// capture's room, its stem and its link.
 func (c *capture) clear(keepRoom bool) {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
@@ -594,13 +595,11 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 			kind, more = "Warning", more+"; "+text
 		}
 	}
-	warn(s.standard == "any", "this pod has the host's network, so the files hold the whole node's traffic")
+	warn(s.standard == "any", "this pod has the host's network, so the files hold the node's traffic")
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
 		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
-	// If tcpdump is killed from now on, it can't say how many packets it has written.
-	c.captured, c.counts = true, "an unknown number of packets captured"
 }
 
 // ---- tcpdump: one run of it ----
@@ -637,6 +636,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	counts, err := tcpdump.read(func(warning string) {
 		if ctx.Err() == nil {
 			c.tellStarted(s, warning)
+			// If tcpdump is killed from now on, it can't say how many packets it has written.
+			c.captured, c.counts = true, "an unknown number of packets captured"
 		}
 	})
 	if counts != "" {
@@ -754,7 +755,7 @@ func (c *capture) takeRoom() (missing string) {
 }
 
 // reserveRoom returns how many files the capture may have. If those are n or more, and the capture has
-// room for fewer now, it gets room for n.
+// room for fewer now, it gets room for n, so that it never stops only to wait for room.
 func (c *capture) reserveRoom(n int) (free int) {
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
@@ -860,8 +861,8 @@ func newCgroups(proc string) (*cgroups, error) {
 	return nil, fmt.Errorf("no cgroup kubepods is in %s, nor in systemd or pids below it", root)
 }
 
-// of returns a pod's cgroup and all below it. There is none before the kubelet makes it, and 1 to 2 s
-// after the pod's last container has ended.
+// of returns a pod's cgroup and all below it. The kubelet makes it before the pod's network is there,
+// and removes it 1 to 2 s after the pod's last container has ended.
 func (g *cgroups) of(p pod) []string {
 	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
 		return nil // it must not become a part of a path
@@ -908,7 +909,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 }
 
 // sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has another
-// one, without eth0. A process with the host's network and root is the runtime's, not yet in the pod.
+// one, without eth0. A process with the host's network and files is the runtime's, not yet in the pod.
 func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	dir := filepath.Join(g.proc, pid)
 	network, err := os.Readlink(dir + "/ns/net")
@@ -1179,7 +1180,7 @@ func findCapture(root, name string) (stem string, err error) {
 }
 
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
-// If the head of a file, its header and that of its first packet, changes, it is being overwritten.
+// A file's head is its header and its first packet's. If it changes, the file is being overwritten.
 const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
 // cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
@@ -1234,16 +1235,16 @@ func countPackets(data []byte) (count, end int) {
 	return count, end
 }
 
-// liveView writes a capture's packets to stdout as they arrive, from a second tcpdump in its network.
+// live writes a capture's packets to stdout as they arrive, from a second tcpdump in its network.
 // It ends with the capture's tcpdump, or with stdin: the only sign that kubectl exec has gone.
-func liveView(ctx context.Context, root, name string) error {
+func live(ctx context.Context, root, name string) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
 		return err
 	}
 	dir, arguments := findTcpdump(stem)
 	network, err := os.Open(dir + "/ns/net")
-	// It is found again, so that the network that was opened is this process's.
+	// A second look shows that the network that was opened is that of this tcpdump.
 	if again, _ := findTcpdump(stem); err != nil || again != dir {
 		return fmt.Errorf("no tcpdump is capturing %s now: kubectl describe pod says why", name)
 	}

@@ -37,7 +37,7 @@ const (
 
 	// What is told: hosts if a pod has the host's network, and again if tcpdump begins in files with packets.
 	started   = "Normal CaptureStarted"
-	hosts     = "Warning CaptureStarted: this pod has the host's network, so the files hold the whole node's"
+	hosts     = "Warning CaptureStarted: this pod has the host's network, so the files hold the node's"
 	again     = "Warning CaptureStarted: tcpdump started over at the first file, and the packets in that file"
 	stopped   = "Normal CaptureStopped"
 	waiting   = "Warning CaptureWaiting"
@@ -989,5 +989,5 @@ func TestCat(t *testing.T) {
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")
-	says(t, liveView(t.Context(), root, "default/web"), "no tcpdump is capturing default/web now")
+	says(t, live(t.Context(), root, "default/web"), "no tcpdump is capturing default/web now")
 }

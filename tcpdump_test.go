@@ -33,7 +33,7 @@ func init() {
 	}
 	if root := os.Getenv("TEST_LIVE"); root != "" {
 		ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-		if err := liveView(ctx, root, "default/web"); err != nil {
+		if err := live(ctx, root, "default/web"); err != nil {
 			panic(err)
 		}
 		os.Exit(0)

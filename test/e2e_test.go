@@ -375,7 +375,7 @@ func (c *cluster) hostNetwork() {
 	c.create(c.manifest("host", options{isHost: true, annotations: []string{"=1"}}),
 		c.manifest("hostjob", options{isHost: true, never: true, command: fmt.Sprint("sleep ", 6*int(slow)), annotations: []string{"=1"}}))
 	c.exact("1 host", "1 hostjob")
-	c.told("host", "CaptureStarted", "Warning", "whole node's traffic")
+	c.told("host", "CaptureStarted", "Warning", "the node's traffic")
 	c.wait(succeeded, "hostjob")
 	c.row("pod with the host's network finished", "tcpdump ends, files stay", c.exact("1 host", "- hostjob"))
 	c.kubectl("delete", "pod", "host", "hostjob")
