@@ -599,7 +599,8 @@ func TestRoom(t *testing.T) {
 		w.change(a.of("5"), running, invalid+
 			`: is "5": accepted is at most 4 now, because other captures have the rest of this node's 5`)
 		w.change(a.of("3"), running, continued)
-		w.change(a.of("4"), files{"a": 4, "b": 1}, stopped, started)
+		w.see(a.of("4")) // c asks for the last file while a's tcpdump stops
+		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of the 5 files")
 	})
 }
 
