@@ -585,7 +585,12 @@ func TestRoom(t *testing.T) {
 		w.change(b.of("5"), running, waiting+": N=5")
 		w.change(b.of("3"), running, waiting+": N=3")
 		w.change(c.of("1"), running, waiting)
+		link, err := os.Lstat(w.root + "/captures/default_a")
+		must(t, err)
 		w.change(a.of("5").filtered("udp"), running, stopped, started)
+		now, err := os.Lstat(w.root + "/captures/default_a")
+		must(t, err)
+		is(t, "when the link was made", now.ModTime(), link.ModTime()) // with the room, which was kept
 		running = files{"b": 3, "c": 1}
 		w.change(a.of("5").on("net1"), running, stopped, started, started, waiting+": the interface net1")
 		w.change(a.of("4"), running, waiting+": room: N=4")
