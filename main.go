@@ -455,7 +455,7 @@ func (c *capture) compile(ctx context.Context, asked spec) error {
 
 // ---- A capture, from its start to its last file ----
 
-// capture is a pod's capture. Each valid change of the annotations starts a goroutine.
+// capture is a pod's capture. Each valid change of the annotations starts run in a goroutine.
 type capture struct {
 	agent *agent
 	pod   pod
@@ -755,7 +755,7 @@ func (c *capture) takeRoom() (missing string) {
 }
 
 // reserveRoom returns how many files the capture may have. If those are n or more, and the capture has
-// room for fewer now, it gets room for n, so that it never stops only to wait for room.
+// room for fewer now, it gets room for n, so that it is not stopped only to wait for room.
 func (c *capture) reserveRoom(n int) (free int) {
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
@@ -786,7 +786,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// fileNames names files as tcpdump does: one has no digits, and of several each has as many as n-1.
+// fileNames names files as tcpdump does: a single one has no digits; of n, each has as many as n-1.
 func fileNames(stem string, n int) string {
 	if n == 1 {
 		return stem

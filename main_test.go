@@ -383,7 +383,8 @@ func TestMistakes(t *testing.T) {
 
 // ---- A capture, its tcpdump and its files ----
 
-// A capture starts 25 ms after its pod's network, or after 5 minutes 0.5 s. What it lacks is told once, after 3 s.
+// A capture starts 25 ms after its pod's network, or 0.5 s if it has waited for 5 minutes. What it lacks is told
+// once, after 3 s.
 func TestWaiting(t *testing.T) {
 	simulate(t, 0, func(w *world) {
 		w.see(web)
@@ -604,7 +605,7 @@ func TestRoom(t *testing.T) {
 		w.change(a.of("5"), running, invalid+
 			`: is "5": accepted is at most 4 now, because other captures have the rest of this node's 5`)
 		w.change(a.of("3"), running, continued)
-		w.see(a.of("4")) // c asks for the last file while a's tcpdump stops
+		w.see(a.of("4")) // while its tcpdump stops, c asks for the last file
 		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of the 5 files")
 	})
 }
