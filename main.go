@@ -598,8 +598,8 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 	warn(s.standard == "any", "this pod has the host's network, so the files hold the node's traffic")
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
-	c.tell(kind, "CaptureStarted", "Capturing into %s, rotated at 1 MB, in %s/%s; the interface is %s%s",
-		fileNames(c.stem, c.spec.files), c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
+	c.tell(kind, "CaptureStarted", "Capturing into %s* (N=%d, 1 MB each) in %s/%s; the interface is %s%s",
+		c.stem, c.spec.files, c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
 }
 
 // ---- tcpdump: one run of it ----
@@ -786,15 +786,6 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// fileNames names files as tcpdump does: a single one has no digits; of n, each has as many as n-1.
-func fileNames(stem string, n int) string {
-	if n == 1 {
-		return stem
-	}
-	last := strconv.Itoa(n - 1)
-	return fmt.Sprintf("%d files, %s%0*d to %s%s", n, stem, len(last), 0, stem, last)
-}
-
 // findFiles returns the paths of a capture's files, the least recently written first, and their size in
 // bytes. Of two with the same time the smaller is last: tcpdump has just begun it. The files of web are
 // never those of web-2, or of a pod that is named web.pcap0.
@@ -844,10 +835,7 @@ func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standa
 // newCgroups finds the cgroup kubepods, which is a level deeper in kind. cgroup v1 has one in each
 // hierarchy; those of systemd and pids have the fewest files to walk through.
 func newCgroups(proc string) (*cgroups, error) {
-	hostNet, err := os.Readlink(proc + "/1/ns/net")
-	if err != nil {
-		return nil, err
-	}
+	hostNet, _ := os.Readlink(proc + "/1/ns/net") // if it can't be read, nor can the cgroups below
 	root := proc + "/1/root/sys/fs/cgroup"
 	for _, tree := range []string{root + "/systemd", root + "/pids", root} {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {

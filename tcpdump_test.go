@@ -222,7 +222,7 @@ func TestTcpdump(t *testing.T) {
 	n := newRealNode(t, 0)
 	web, db := n.newLink("web"), n.newLink("db")
 	web.see(spec{value: "1"}, "CaptureStarted", "the interface is eth0")
-	db.see(spec{value: "11"}, "CaptureStarted", "capture-db.pcap00")
+	db.see(spec{value: "11"}, "CaptureStarted", "capture-db.pcap* (N=11")
 	web.say(web.pod, "out", 4000, 1, 20)
 	db.say(db.pod, "other", 4000, 1, 20)
 	web.say(web.peer, "in", 4000, 1, 20)
@@ -247,7 +247,7 @@ func TestTcpdump(t *testing.T) {
 // A file of more than 1 MB is followed by the next one, and the last one by the first.
 func TestRotation(t *testing.T) {
 	web := newRealNode(t, 0).newLink("web")
-	web.see(spec{value: "2"}, "CaptureStarted", "2 files")
+	web.see(spec{value: "2"}, "CaptureStarted", "(N=2")
 	web.say(web.pod, "big", 4000, 1001, 2800) // 2.6 MB
 	web.until("file 0 is written again", func() bool { return slices.Contains(web.packets("0"), "<big-2800>") })
 	first, last := web.packets("0"), web.packets("1")
