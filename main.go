@@ -83,7 +83,7 @@ const (
 	// maxFilter is in bytes. The watch waits while one is compiled: up to 0.15 s, but 9 s for 4,096 bytes.
 	maxFilter = 1024
 
-	// birthPoll is how often a capture looks for its pod's network (namespace). The first container starts
+	// birthPoll is how often a capture looks for its pod's network namespace. The first container starts
 	// about 100 ms after it is there. After 5 minutes, or when an interface, room or disk space is
 	// missing, a capture looks twice a second.
 	birthPoll = 25 * time.Millisecond
@@ -161,7 +161,7 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 		value := cmp.Or(getenv(name), fmt.Sprint(standard))
 		n, parseErr := strconv.ParseInt(value, 10, 64)
 		if parseErr != nil || n < least || n > most {
-			err = errors.Join(err, fmt.Errorf("%s is %q: accepted is a number from %d to %d",
+			err = errors.Join(err, fmt.Errorf("%s is %q: it must be a number from %d to %d",
 				name, cut(value), least, most))
 		}
 		return n
@@ -266,7 +266,7 @@ type podWatch struct {
 	captures map[string]*capture
 	// version is the resourceVersion of the last event, or anyVersion.
 	version string
-	// unseen has the captures whose pods the current watch has not delivered.
+	// unseen has the captures whose pods the current watch has not delivered yet.
 	unseen map[string]*capture
 	retry  backoff
 	// complaint is the last error, so that the same one is logged once, or "" when all is well. It has no
@@ -279,8 +279,8 @@ func (w *podWatch) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		before := w.version
 		err := w.watch(ctx)
-		switch {
-		case asStatus(err).Code == http.StatusGone && before != anyVersion,
+		switch status, _ := err.(statusError); {
+		case status.Code == http.StatusGone && before != anyVersion,
 			err == nil && w.version == before:
 			// The server has no history since that version. Or the watch ended without even a bookmark:
 			// after a restore of etcd the server may be behind that version.
@@ -388,10 +388,8 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	switch {
 	case ctx.Err() != nil:
 		// The program ends, which may have interrupted the check of the filter.
-	case refusal != "" && c.valid.annotated:
-		c.tell("Warning", "CaptureInvalid", "%s; what was asked for before goes on as it was", refusal)
 	case refusal != "":
-		c.tell("Warning", "CaptureInvalid", "%s; nothing is captured", refusal)
+		c.tell("Warning", "CaptureInvalid", "%s; nothing starts or stops", refusal)
 	default:
 		c.stop(errReplaced)
 		ctx, c.stop = context.WithCancelCause(ctx)
@@ -410,8 +408,8 @@ func (w *podWatch) forget(uid string) {
 // refusal says why annotations are invalid, and what is accepted. If they are valid, it returns "", and
 // has enlarged the room of a capture that has room and needs more.
 func (c *capture) refusal(ctx context.Context, asked spec) string {
-	refuse := func(annotation, value, accepted string) string {
-		return fmt.Sprintf("the annotation %s is %q: accepted is %s", annotation, cut(value), accepted)
+	refuse := func(key, value, accepted string) string {
+		return fmt.Sprintf("the annotation %s is %q: it must be %s", key, cut(value), accepted)
 	}
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	switch {
@@ -429,9 +427,16 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 		return refuse(filterAnnotation, filter,
 			"a pcap filter expression, in which hosts and ports are numbers; "+err.Error())
 	}
-	if free := c.reserveRoom(n); free < n {
+
+	c.agent.roomLock.Lock()
+	defer c.agent.roomLock.Unlock()
+	switch free := c.free(); {
+	case c.stem == "": // it will wait for its room
+	case n > free:
 		return refuse(annotation, asked.value, fmt.Sprintf(
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit))
+	default: // so that it is not stopped only to wait for room
+		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return ""
 }
@@ -604,14 +609,15 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 
 // ---- tcpdump: one run of it ----
 
-// runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns why.
+// runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns why
+// it ended. live uses the arguments after -w too, so -C and -W come before.
 //
 // -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet as
 // it arrives. -Z root keeps the right to create files in /, which the user tcpdump does not have. -p
 // turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
 // tcpdump that is held up loses nothing (see make measure). After -- a filter can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
-	arguments := []string{"-C", "1", "-W", strconv.Itoa(c.spec.files), "-w", c.stem,
+	arguments := []string{"-C", "1", "-W", c.spec.value, "-w", c.stem,
 		"-U", "-Z", "root", "-p", "-i", s.device(c.spec), "-B", "4096"}
 	if c.spec.filter != "" {
 		arguments = append(arguments, "--", c.spec.filter)
@@ -669,7 +675,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	}
 }
 
-// process is a running tcpdump. Its owner reads stderr to its end and then calls wait, as read does.
+// process is a running tcpdump. Its owner must read stderr to its end and then call wait, as read does.
 type process struct {
 	pid    string
 	stderr io.Reader
@@ -704,17 +710,16 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
 		line := lines.Text()
-		first, _, _ := strings.Cut(line, " ")
 		switch {
 		case strings.Contains(line, "listening on "):
 			listening(warning)
 		case strings.HasSuffix(line, " captured"): // "1 packet captured"
 			counts = line
 		case strings.HasSuffix(line, " dropped by kernel"):
-			counts += ", " + first + " dropped by the kernel"
+			counts += ", " + strings.Replace(line, "by kernel", "by the kernel", 1)
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			warning = cmp.Or(warning, cut(line))
-		case (first == "tcpdump:" || first == "nsenter:") && !strings.Contains(line, "data link type "):
+		case strings.Contains(line, ": ") && !strings.Contains(line, "data link type "):
 			complaint = cut(line)
 		}
 	}
@@ -752,20 +757,6 @@ func (c *capture) takeRoom() (missing string) {
 	}
 	a.rooms[c.stem] = n
 	return ""
-}
-
-// reserveRoom returns how many files the capture may have. If those are n or more, and the capture has
-// room for fewer now, it gets room for n, so that it is not stopped only to wait for room.
-func (c *capture) reserveRoom(n int) (free int) {
-	c.agent.roomLock.Lock()
-	defer c.agent.roomLock.Unlock()
-	if c.stem == "" {
-		return c.agent.limit // it will wait for its room
-	}
-	if free = c.free(); n <= free {
-		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
-	}
-	return free
 }
 
 // free is how many files a capture may have: those that no other capture has room for.
@@ -833,15 +824,15 @@ type sandbox struct {
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
 // newCgroups finds the cgroup kubepods, which is a level deeper in kind. cgroup v1 has one in each
-// hierarchy; those of systemd and pids have the fewest files to walk through.
+// hierarchy; those of systemd and pids have the fewest files to walk through. If hostNet can't be read,
+// the cgroups can't either.
 func newCgroups(proc string) (*cgroups, error) {
-	hostNet, _ := os.Readlink(proc + "/1/ns/net") // if it can't be read, nor can the cgroups below
+	hostNet, _ := os.Readlink(proc + "/1/ns/net")
 	root := proc + "/1/root/sys/fs/cgroup"
 	for _, tree := range []string{root + "/systemd", root + "/pids", root} {
 		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
 			if found, _ := filepath.Glob(tree + name); len(found) > 0 {
-				kubepods := found[0]
-				classes := []string{below(kubepods, "burstable"), below(kubepods, "besteffort"), kubepods}
+				classes := []string{below(found[0], "burstable"), below(found[0], "besteffort"), found[0]}
 				return &cgroups{proc: proc, hostNet: hostNet, tree: tree, classes: classes}, nil
 			}
 		}
@@ -872,8 +863,8 @@ func below(cgroup, name string) string {
 }
 
 // find returns a pod's network: that of its oldest process, since containers may create networks of
-// their own. As long as last.pid is still in last.network, that is kept. If the pod has no network, the
-// sandbox is empty.
+// their own. That of last is kept as long as last.pid, the pod's or tcpdump's, is in it. If the pod
+// has no network, the sandbox is empty.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	all := g.of(p)
 	if len(all) == 0 {
@@ -957,22 +948,18 @@ func (g *cgroups) strayProcesses(name string) (pids []string) {
 }
 
 // cgroupsIn returns a cgroup and all below it, if it exists.
-func cgroupsIn(cgroup string) []string {
-	var stat syscall.Stat_t
-	if syscall.Stat(cgroup, &stat) != nil {
-		return nil
-	}
-	all := []string{cgroup}
-	// A folder has two links and one for each folder in it, so one with two need not be read.
-	if stat.Nlink == 2 {
-		return all
-	}
-	entries, _ := os.ReadDir(cgroup)
-	for _, entry := range entries {
-		if entry.IsDir() {
-			all = append(all, cgroupsIn(cgroup+"/"+entry.Name())...)
+func cgroupsIn(cgroup string) (all []string) {
+	filepath.WalkDir(cgroup, func(path string, entry os.DirEntry, err error) error {
+		if err != nil || !entry.IsDir() {
+			return nil
 		}
-	}
+		all = append(all, path)
+		// A folder has two links and one for each folder in it, so one with two need not be read.
+		if info, err := entry.Info(); err == nil && info.Sys().(*syscall.Stat_t).Nlink == 2 {
+			return filepath.SkipDir
+		}
+		return nil
+	})
 	return all
 }
 
@@ -1046,7 +1033,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		answer, err := a.do(ctx, "POST", path, "application/json", body)
 		cancel()
-		status := asStatus(err)
+		status, _ := err.(statusError)
 		switch code := status.Code; {
 		case err == nil:
 			answer.Close()
@@ -1092,7 +1079,7 @@ func (e *event) pod() (p pod, asked spec) {
 	return p, asked
 }
 
-// dial reads the CA bundle each time, since it may be replaced. If unreadable, the last one is used.
+// dial reads the CA bundle each time, since it may be replaced. If it can't, it uses the last one.
 func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	roots := x509.NewCertPool()
 	if roots.AppendCertsFromPEM([]byte(readFile(a.account + "/ca.crt"))) {
@@ -1145,12 +1132,6 @@ func (e statusError) Error() string {
 	return fmt.Sprintf("%d %s: %s", e.Code, http.StatusText(e.Code), e.Message)
 }
 
-// asStatus returns an error's statusError, which is empty if it has none.
-func asStatus(err error) (status statusError) {
-	errors.As(err, &status)
-	return status
-}
-
 // ---- cat and live: what reads a capture ----
 
 // findCapture returns the stem of a pod's capture. name is <namespace>/<pod>.
@@ -1164,7 +1145,7 @@ func findCapture(root, name string) (stem string, err error) {
 		}
 		all = append(all, captured)
 	}
-	return "", fmt.Errorf("%q is not captured here: accepted is <namespace>/<pod>, of %q", cut(name), all)
+	return "", fmt.Errorf("%q is not captured here: it must be <namespace>/<pod>, of %q", cut(name), all)
 }
 
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
@@ -1285,7 +1266,8 @@ type backoff struct{ pause, most time.Duration }
 func (b *backoff) next(err error) time.Duration {
 	wait := b.pause + rand.N(b.pause)
 	b.pause = min(2*b.pause, b.most)
-	return wait + asStatus(err).retryAfter
+	status, _ := err.(statusError)
+	return wait + status.retryAfter
 }
 
 func sleep(ctx context.Context, wait time.Duration) {

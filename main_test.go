@@ -348,25 +348,25 @@ func TestTrouble(t *testing.T) {
 
 // An invalid annotation starts and stops nothing. One Event says what was read, and what is accepted.
 func TestMistakes(t *testing.T) {
-	const many = invalid + `: the annotation tcpdump.antrea.io is "many": accepted is the number of files ` +
-		"to rotate through, a plain decimal number from 1 to 5; nothing is captured"
-	const refused = invalid + `: /filter is "refused": accepted is a pcap filter expression, in which hosts ` +
+	const many = invalid + `: the annotation tcpdump.antrea.io is "many": it must be the number of files ` +
+		"to rotate through, a plain decimal number from 1 to 5; nothing starts or stops"
+	const refused = invalid + `: /filter is "refused": it must be a pcap filter expression, in which hosts ` +
 		"and ports are numbers; tcpdump: can't parse filter expression: syntax error; " +
-		"what was asked for before goes on as it was"
+		"nothing starts or stops"
 	simulate(t, 5, func(w *world) {
 		w.proc.pod(50, web.uid)
 		w.change(web.of("many"), nil, many)
 		w.change(web.of("many").filtered("udp"), nil)
 		w.change(web.of(""), nil)
 		w.change(web.of("many"), nil, many)
-		w.change(web.of("6"), nil, invalid+`: is "6": accepted is the number of files`)
+		w.change(web.of("6"), nil, invalid+`: is "6": it must be the number of files`)
 		two, running := web.of("2"), files{"web": 2}
 		w.change(two, running, started)
 		w.change(two.filtered("refused"), running, refused)
 		w.change(two.filtered("refused"), running) // something else has changed
 		w.change(two.filtered("a\nb"), running,
-			invalid+`: /filter is "a\nb": accepted is a pcap filter expression, a line`)
-		w.change(two.on("a/b"), running, invalid+`: /interface is "a/b": accepted is the name of a network`)
+			invalid+`: /filter is "a\nb": it must be a pcap filter expression, a line`)
+		w.change(two.on("a/b"), running, invalid+`: /interface is "a/b": it must be the name of a network`)
 		w.change(two, running, continued)
 		w.change(two.filtered("refused"), running, refused)
 		w.change(web.of("3"), files{"web": 3}, stopped, started)
@@ -414,7 +414,7 @@ func TestWaiting(t *testing.T) {
 // A pod that has finished keeps its files until the pod goes, or its annotation changes or goes. An Event
 // says so if the pod is still there some seconds later. A new network is captured.
 func TestFinishedPod(t *testing.T) {
-	const counted = stopped + ": Stopped: 7 packets captured, 2 dropped by the kernel"
+	const counted = stopped + ": Stopped: 7 packets captured, 2 packets dropped by the kernel"
 	const gone = "; the pod's network is gone, the files (300 bytes) stay until it is back, or the annotation or the pod goes"
 	const deleted = "; its files (300 bytes) are deleted"
 	simulate(t, 5, func(w *world) {
@@ -554,7 +554,7 @@ func TestStderr(t *testing.T) {
 	long := "tcpdump: " + strings.Repeat("é", 119)
 	for _, test := range []struct{ text, warning, complaint, counts string }{
 		{text: listening + "1 packet captured\n1 packet received by filter\n0 packets dropped by kernel\n",
-			counts: "1 packet captured, 0 dropped by the kernel"},
+			counts: "1 packet captured, 0 packets dropped by the kernel"},
 		{text: "tcpdump: first\n" + listening + "nsenter: last", complaint: "nsenter: last"},
 		{text: "tcpdump: data link type LINUX_SLL2\n" + listening},
 		{text: "tcpdump: WARNING: first\nWarning: late\n" + listening, warning: "tcpdump: WARNING: first"},
@@ -603,7 +603,7 @@ func TestRoom(t *testing.T) {
 		running = files{"a": 3, "b": 1}
 		w.change(b.of("1"), running, started)
 		w.change(a.of("5"), running, invalid+
-			`: is "5": accepted is at most 4 now, because other captures have the rest of this node's 5`)
+			`: is "5": it must be at most 4 now, because other captures have the rest of this node's 5`)
 		w.change(a.of("3"), running, continued)
 		w.see(a.of("4")) // while its tcpdump stops, c asks for the last file
 		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of the 5 files")
@@ -987,7 +987,7 @@ func TestCat(t *testing.T) {
 	for _, name := range []string{"ns2/web", "web", "default_web", "/web", "default/", "default/web/", "",
 		"default/../captures/default_web", "../../captures/default_web", "default/x", "/capture-web.pcap0"} {
 		var out, said bytes.Buffer
-		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: accepted is "+
+		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: it must be "+
 			`<namespace>/<pod>, of ["default/web" "ns2/db"]`)
 		is(t, name+": written", out.String()+said.String(), "")
 	}

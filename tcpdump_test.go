@@ -235,7 +235,7 @@ func TestTcpdump(t *testing.T) {
 	web.holds("", 1, 20, "again")
 
 	web.finish()
-	n.told("CaptureStopped", "20 packets captured, 0 dropped by the kernel since tcpdump started over; the pod's network is gone, the files (")
+	n.told("CaptureStopped", "20 packets captured, 0 packets dropped by the kernel since tcpdump started over; the pod's network is gone, the files (")
 	web.holds("", 1, 20, "again")
 	n.forget(web.uid)
 	n.told("CaptureStopped", "are deleted")
@@ -276,7 +276,7 @@ func TestFilter(t *testing.T) {
 	web.holds("", 0, 2, "this")
 
 	mistake := spec{value: "1", filter: "ether host 02:00:00:00:00:09", iface: "any"} // eth0 could have it
-	web.see(mistake, "CaptureInvalid", "goes on as it was")
+	web.see(mistake, "CaptureInvalid", "nothing starts or stops")
 	web.say(web.pod, "this", 4001, 3, 3)
 	web.holds("", 0, 3, "this") // none is lost: tcpdump has not begun again
 	web.see(spec{value: "1", filter: "outbound and (ip protochain 17)"}, "CaptureStarted", "Kernel filter failed")

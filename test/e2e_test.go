@@ -151,7 +151,7 @@ func (c *cluster) changed() {
 	c.row("annotation removed", "stopped, files gone; web-2 goes on", c.exact("1 web-2"))
 	c.annotate("web-2", "-")
 	c.exact()
-	c.told("web-2", "CaptureStopped", "Normal", "captured, 0 dropped by the kernel; its files (")
+	c.told("web-2", "CaptureStopped", "Normal", "captured, 0 packets dropped by the kernel; its files (")
 }
 
 func (c *cluster) mistakes() {
@@ -170,7 +170,7 @@ func (c *cluster) mistakes() {
 	for _, mistake := range mistakes {
 		if key, value, _ := strings.Cut(mistake, "="); value != "3" && value != "udp" && value != "any" {
 			quoted := strconv.Quote(value)
-			c.told("web", "CaptureInvalid", "Warning", " "+annotation+key+" is "+quoted[:min(len(quoted)-1, 100)], "goes on as it was")
+			c.told("web", "CaptureInvalid", "Warning", " "+annotation+key+" is "+quoted[:min(len(quoted)-1, 100)], "nothing starts or stops")
 		}
 	}
 	c.exact("3 web")
@@ -201,7 +201,7 @@ func (c *cluster) mistakes() {
 	})
 
 	c.annotate("web-2", "=05")
-	c.told("web-2", "CaptureInvalid", `"05"`, "nothing is captured")
+	c.told("web-2", "CaptureInvalid", `"05"`, "nothing starts or stops")
 	c.exact("3 web")
 	c.row("a mistake in N, filter or interface, and back", "told each time, also that it is over; the capture goes on, same PID", 0)
 }
@@ -589,7 +589,7 @@ func (c *cluster) room() {
 
 	pid = c.pid("1000 web")
 	c.annotate("web", fmt.Sprint("=", free+1))
-	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "goes on as it was")
+	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "nothing starts or stops")
 	c.exact("1000 web", "5 small")
 	if got := c.pid("1000 web"); got != pid {
 		c.Errorf("an N that there is no room for restarted the capture: PID %s, then %s", pid, got)
@@ -842,7 +842,7 @@ func (c *cluster) catFast() {
 	c.annotate("web", "-")
 	data, _ := wait()
 	numbers, _ := c.numbers(data)
-	c.told("web", "CaptureStopped", "captured, 0 dropped by the kernel")
+	c.told("web", "CaptureStopped", "captured, 0 packets dropped by the kernel")
 	c.row(fmt.Sprintf("%d times `cat`, and `live`, while 5 MB/s rotate through 3 files for 20 s", tries),
 		fmt.Sprintf("each a whole pcap in order; `live` has %d of %d packets", len(numbers), last), 0)
 }
