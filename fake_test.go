@@ -664,7 +664,7 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 }
 
 func newPodWatch(a *agent) *podWatch {
-	return &podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
+	return &podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 }
 
 // testConfig is a node with a service account that can be read.

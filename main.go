@@ -231,7 +231,7 @@ func newAgent(cfg config) (*agent, error) {
 // run captures until ctx ends. Then all captures end at the same time and the last Events are posted.
 // It returns after 4.5 s at the latest, whatever a tcpdump or the API server does.
 func (a *agent) run(ctx context.Context) {
-	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion, retry: requestBackoff}
+	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 	ended, end := context.WithCancel(context.Background())
 	go func() {
 		w.follow(ctx)
@@ -266,9 +266,6 @@ type podWatch struct {
 	captures map[string]*capture
 	// version is the resourceVersion of the last event, or anyVersion.
 	version string
-	// unseen has the captures whose pods the current watch has not delivered yet.
-	unseen map[string]*capture
-	retry  backoff
 	// complaint is the last error, so that the same one is logged once, or "" when all is well. It has no
 	// digits, because a port in it differs each time.
 	complaint string
@@ -276,29 +273,34 @@ type podWatch struct {
 
 // follow keeps a watch open until ctx ends. A broken watch never stops a capture.
 func (w *podWatch) follow(ctx context.Context) {
-	for ctx.Err() == nil {
+	for retry := requestBackoff; ctx.Err() == nil; {
 		before := w.version
-		err := w.watch(ctx)
+		worked, err := w.watch(ctx)
+		if worked {
+			retry = requestBackoff
+		}
 		switch status, _ := err.(statusError); {
 		case status.Code == http.StatusGone && before != anyVersion,
-			err == nil && w.version == before:
+			worked && err == io.EOF && w.version == before:
 			// The server has no history since that version. Or the watch ended without even a bookmark:
 			// after a restore of etcd the server may be behind that version.
 			w.version = anyVersion
-		case err != nil && ctx.Err() == nil:
+		case worked && err == io.EOF: // at its time limit
+		case ctx.Err() == nil:
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 			if complaint != w.complaint {
 				slog.Warn("can't watch the pods; captures go on", "error", err)
 			}
 			w.complaint = complaint
-			sleep(ctx, w.retry.next(err))
+			sleep(ctx, retry.next(err))
 		}
 	}
 }
 
-// watch applies events until the stream ends. It returns nil after a clean end, as at its time limit:
-// 5 to 10 minutes at random, so that the nodes' watches do not end together.
-func (w *podWatch) watch(ctx context.Context) error {
+// watch applies events until the stream ends, with io.EOF at its time limit: 5 to 10 minutes at random,
+// so that the nodes' watches do not end together. It has worked if it delivered or lasted a second: if
+// a server accepts watches and closes them at once, the pauses grow.
+func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
 	defer cancel()
@@ -307,30 +309,22 @@ func (w *podWatch) watch(ctx context.Context) error {
 	onlyMetadata := "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 	body, err := w.agent.do(asking, "GET", path, onlyMetadata, nil)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer body.Close()
 
-	began, before := time.Now(), w.version
-	w.unseen = maps.Clone(w.captures)
+	began, before, unseen := time.Now(), w.version, maps.Clone(w.captures)
 	for decoder := json.NewDecoder(body); err == nil; {
-		err = w.next(ctx, decoder)
+		err = w.next(ctx, decoder, unseen)
 	}
-	// Only a watch that delivered or lasted a second has a clean end. If a server accepts watches and
-	// closes them at once, that is an error, and the pauses grow.
-	if w.version != before || time.Since(began) >= time.Second {
-		w.retry = requestBackoff
-		if err == io.EOF {
-			return nil
-		}
-	}
-	return err
+	return w.version != before || time.Since(began) >= time.Second, err
 }
 
 // next applies one event of the watch. From anyVersion a watch begins with all pods as ADDED, in any
 // order. The first event of another type, at the latest a bookmark after a minute, ends this list. Then
-// captures of pods that were not in it are stopped, and the next watch continues from the last version.
-func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
+// the captures whose pods were not in it are stopped: those that are still in unseen. The next watch
+// continues from the last version.
+func (w *podWatch) next(ctx context.Context, decoder *json.Decoder, unseen map[string]*capture) error {
 	// It is new for each event, because Decode keeps the old value of a field that an event lacks.
 	var e event
 	if err := decoder.Decode(&e); err != nil {
@@ -350,13 +344,13 @@ func (w *podWatch) next(ctx context.Context, decoder *json.Decoder) error {
 	}
 	w.agent.ready()
 
-	delete(w.unseen, p.uid)
+	delete(unseen, p.uid)
 	if w.version == anyVersion {
 		// Until the list is complete, a watch that breaks must begin with all pods again.
 		if e.Type == "ADDED" {
 			return nil
 		}
-		for uid := range w.unseen {
+		for uid := range unseen {
 			w.forget(uid)
 		}
 	}
@@ -447,10 +441,8 @@ func (c *capture) compile(ctx context.Context, asked spec) error {
 	if asked.filter == "" {
 		return nil
 	}
-	link := "EN10MB"
-	if c.agent.cgroups.find(c.pod, sandbox{}).device(asked) == "any" {
-		link = "LINUX_SLL2"
-	}
+	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked)
+	link := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
 	tcpdump, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
 	if err == nil {
 		_, err = tcpdump.read(func(string) {})
@@ -634,10 +626,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 		return fmt.Errorf("tcpdump can't be started: %w", err)
 	}
 
-	since := ""
-	if c.captured {
-		since = " since tcpdump started over"
-	}
+	since := map[bool]string{true: " since tcpdump started over"}[c.captured]
 	go c.oversee(running, stop, s, tcpdump.pid)
 	counts, err := tcpdump.read(func(warning string) {
 		if ctx.Err() == nil {
@@ -777,24 +766,18 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// findFiles returns the paths of a capture's files, the least recently written first, and their size in
-// bytes. Of two with the same time the smaller is last: tcpdump has just begun it. The files of web are
-// never those of web-2, or of a pod that is named web.pcap0.
+// findFiles returns the paths of a capture's files, and their size in bytes. The files of web are never
+// those of web-2, or of a pod that is named web.pcap0.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
 	}
-	infos := map[string]os.FileInfo{}
 	all, _ := filepath.Glob(stem + "*")
 	for _, path := range all {
 		if info, err := os.Lstat(path); err == nil && strings.TrimRight(path, digits) == stem {
-			paths, size, infos[path] = append(paths, path), size+info.Size(), info
+			paths, size = append(paths, path), size+info.Size()
 		}
 	}
-	slices.SortStableFunc(paths, func(a, b string) int {
-		byTime := infos[a].ModTime().Compare(infos[b].ModTime())
-		return cmp.Or(byTime, cmp.Compare(infos[b].Size(), infos[a].Size()))
-	})
 	return paths, size
 }
 
@@ -840,20 +823,6 @@ func newCgroups(proc string) (*cgroups, error) {
 	return nil, fmt.Errorf("no cgroup kubepods is in %s, nor in systemd or pids below it", root)
 }
 
-// of returns a pod's cgroup and all below it. The kubelet makes it before the pod's network is there,
-// and removes it 1 to 2 s after the pod's last container has ended.
-func (g *cgroups) of(p pod) []string {
-	if p.kubeletUID == "" || strings.Trim(p.kubeletUID, "abcdef-"+digits) != "" {
-		return nil // it must not become a part of a path
-	}
-	for _, class := range g.classes {
-		if all := cgroupsIn(below(class, "pod"+p.kubeletUID)); len(all) > 0 {
-			return all
-		}
-	}
-	return nil
-}
-
 // below returns the path of a cgroup in another one; systemd puts that one's name in front.
 func below(cgroup, name string) string {
 	if slice, isSystemd := strings.CutSuffix(cgroup, ".slice"); isSystemd {
@@ -864,9 +833,15 @@ func below(cgroup, name string) string {
 
 // find returns a pod's network: that of its oldest process, since containers may create networks of
 // their own. That of last is kept as long as last.pid, the pod's or tcpdump's, is in it. If the pod
-// has no network, the sandbox is empty.
+// has no network, the sandbox is empty. The kubelet makes the pod's cgroup before its network is there,
+// and removes it 1 to 2 s after the pod's last container has ended.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
-	all := g.of(p)
+	var all []string // the pod's cgroup and all below it
+	for _, class := range g.classes {
+		if all = cgroupsIn(below(class, "pod"+p.kubeletUID)); len(all) > 0 {
+			break
+		}
+	}
 	if len(all) == 0 {
 		return s
 	}
@@ -1068,8 +1043,9 @@ func (e *event) pod() (p pod, asked spec) {
 	m := &e.Object.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
 	// A static pod's cgroup is named after a hash of its manifest. Users may create pods that claim one,
-	// so it must not be another pod's UID, which has dashes.
-	if hash := m.Annotations["kubernetes.io/config.mirror"]; hash != "" && !strings.Contains(hash, "-") {
+	// so it must not be a path, nor another pod's UID, which has dashes.
+	hash := m.Annotations["kubernetes.io/config.mirror"]
+	if hash != "" && strings.Trim(hash, "abcdef"+digits) == "" {
 		p.kubeletUID = hash
 	}
 	asked.value, asked.annotated = m.Annotations[annotation]
@@ -1136,16 +1112,13 @@ func (e statusError) Error() string {
 
 // findCapture returns the stem of a pod's capture. name is <namespace>/<pod>.
 func findCapture(root, name string) (stem string, err error) {
-	var all []string
-	links, _ := filepath.Glob(filepath.Join(root, "captures/*"))
-	for _, link := range links {
-		captured := strings.Replace(filepath.Base(link), "_", "/", 1)
-		if stem, err = os.Readlink(link); err == nil && captured == name {
-			return stem, nil
-		}
-		all = append(all, captured)
+	namespace, pod, _ := strings.Cut(name, "/")
+	stem, err = os.Readlink(root + "/captures/" + namespace + "_" + pod)
+	if err != nil {
+		links, _ := filepath.Glob(root + "/captures/*")
+		err = fmt.Errorf("%q is not captured here: it must be <namespace>/<pod>, of %q", cut(name), links)
 	}
-	return "", fmt.Errorf("%q is not captured here: it must be <namespace>/<pod>, of %q", cut(name), all)
+	return stem, err
 }
 
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
@@ -1161,12 +1134,15 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 		return err
 	}
 	paths, _ := findFiles(stem)
-	heads := map[string]string{}
+	heads, times := map[string]string{}, map[string][]uint32{}
 	for _, path := range paths {
-		heads[path] = readStart(path, head)
+		// A file is as old as its first packet: seconds and microseconds. Without one it is the newest.
+		heads[path], times[path] = readStart(path, head), []uint32{math.MaxUint32, 0}
+		if start := []byte(heads[path]); len(start) == head {
+			binary.Decode(start[pcapHeader:], binary.NativeEndian, times[path])
+		}
 	}
-	// They are ordered after their heads were read: one that is overwritten in between is noticed below.
-	paths, _ = findFiles(stem)
+	slices.SortStableFunc(paths, func(a, b string) int { return slices.Compare(times[a], times[b]) })
 
 	packets, written := 0, 0
 	for _, path := range paths {

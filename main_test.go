@@ -649,7 +649,7 @@ func openIn(dir string) []string {
 }
 
 // A pod is found by its cgroup, whoever makes that: on cgroup v1 and v2, with the kubelet's and systemd's
-// names, in each class of pods, and a level deeper in kind. What is no UID never becomes a path.
+// names, in each class of pods, and a level deeper in kind. What is no hash never becomes a path.
 func TestCgroupNames(t *testing.T) {
 	for _, test := range []struct{ hierarchy, pod, process string }{
 		{process: "/kubepods/podUID/cafe"},
@@ -682,14 +682,12 @@ func TestCgroupNames(t *testing.T) {
 		is(t, "network of nobody", networkOf(t, proc, podNamed("web", uidA[:8], "3")), "")
 	}
 
-	proc := newProc(t)
-	proc.regrow("")
-	proc.make("/kubepods")
-	g, err := newCgroups(proc.dir)
-	must(t, err)
-	for _, uid := range []string{"", "..", "xyz", uidA + "/cafe", uidA + "/", "/", "*"} {
-		proc.make("/kubepods/pod" + uid)
-		is(t, fmt.Sprintf("cgroup of %q", uid), g.of(podNamed("web", uid, "3").pod), nil)
+	for _, hash := range []string{"", "..", "xyz", "cafe/cafe", "cafe/", "/", "*", uidA} {
+		var e event
+		e.Object.Metadata.UID = uidB
+		e.Object.Metadata.Annotations = map[string]string{"kubernetes.io/config.mirror": hash}
+		p, _ := e.pod()
+		is(t, fmt.Sprintf("the kubelet's UID with the hash %q", hash), p.kubeletUID, uidB)
 	}
 }
 
@@ -903,13 +901,13 @@ func TestConnection(t *testing.T) {
 	})
 }
 
-// pcap is a file of packets, each with its time in seconds.
+// pcap is a file of packets, each with its time: four in a second.
 func pcap(times ...uint32) []byte {
 	var b bytes.Buffer
 	binary.Write(&b, binary.NativeEndian, []uint32{0xa1b2c3d4, 2 | 4<<16, 0, 0, 262144, 1})
 	for _, at := range times {
 		data := fmt.Sprintf("packet of %d", at)
-		binary.Write(&b, binary.NativeEndian, []uint32{at, 7, uint32(len(data)), uint32(len(data))})
+		binary.Write(&b, binary.NativeEndian, []uint32{at / 4, at % 4, uint32(len(data)), uint32(len(data))})
 		b.WriteString(data)
 	}
 	return b.Bytes()
@@ -917,7 +915,7 @@ func pcap(times ...uint32) []byte {
 
 type contents map[string][]byte // of a capture's files, by the digits in their names
 
-// writeFiles writes the files of default/web, each at the time of its first packet, and those of others.
+// writeFiles writes the files of default/web, and those of others.
 func writeFiles(t *testing.T, all contents) (root string) {
 	root = t.TempDir()
 	must(t, os.Mkdir(root+"/captures", 0o755), os.Symlink(root+"/capture-db.pcap", root+"/captures/ns2_db"),
@@ -925,12 +923,7 @@ func writeFiles(t *testing.T, all contents) (root string) {
 		os.WriteFile(root+"/capture-web.pcap0.pcap1", pcap(99), 0o644),
 		os.WriteFile(root+"/capture-x.pcap", pcap(99), 0o644))
 	for digits, text := range all {
-		path := root + "/capture-web.pcap" + digits
-		must(t, os.WriteFile(path, text, 0o644))
-		if len(text) > pcapHeader {
-			at := time.Unix(int64(binary.NativeEndian.Uint32(text[pcapHeader:])), 0)
-			must(t, os.Chtimes(path, at, at))
-		}
+		must(t, os.WriteFile(root+"/capture-web.pcap"+digits, text, 0o644))
 	}
 	return root
 }
@@ -952,11 +945,9 @@ func TestCat(t *testing.T) {
 	}{
 		"empty": {files: contents{"": pcap()}, want: pcap(), says: "0 packets, 24 bytes\n"},
 		"one":   {files: contents{"": pcap(1)}, want: pcap(1), says: "1 packet, 51 bytes\n"},
-		"turned": {files: contents{"0": pcap(3), "1": pcap(0, 2), "2": pcap(), "3": pcap()[:23]},
-			want: pcap(0, 2, 3), says: "3 packets, 105 bytes\n"},
+		"turned": {files: contents{"0": pcap(), "1": pcap()[:23], "2": pcap(4), "3": pcap(3), "4": pcap(0, 2)},
+			want: pcap(0, 2, 3, 4), says: "4 packets, 132 bytes\n"},
 		"equal": {files: contents{"0": pcap(5, 6), "1": pcap(5)},
-			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
-		"equal, the first one just begun": {files: contents{"0": pcap(5), "1": pcap(5, 6)},
 			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
 		"the last grows": {files: contents{"0": pcap(1), "1": pcap(3)}, then: contents{"1": pcap(3, 4)},
 			want: pcap(1, 3, 4), says: "3 packets, 105 bytes\n"},
@@ -988,7 +979,7 @@ func TestCat(t *testing.T) {
 		"default/../captures/default_web", "../../captures/default_web", "default/x", "/capture-web.pcap0"} {
 		var out, said bytes.Buffer
 		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: it must be "+
-			`<namespace>/<pod>, of ["default/web" "ns2/db"]`)
+			fmt.Sprintf(`<namespace>/<pod>, of ["%[1]s/captures/default_web" "%[1]s/captures/ns2_db"]`, root))
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")
