@@ -607,6 +607,10 @@ func TestRoom(t *testing.T) {
 		w.change(a.of("3"), running, continued)
 		w.see(a.of("4")) // while its tcpdump stops, c asks for the last file
 		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of the 5 files")
+		w.see(a.of("1"))
+		w.pass(600 * time.Millisecond) // c has looked, and a's tcpdump has not ended
+		is(w, "c's link", readLink(w.root+"/captures/default_c"), "")
+		w.after(time.Second, files{"a": 1, "b": 1, "c": 1}, stopped, started, started)
 	})
 }
 
@@ -949,6 +953,8 @@ func TestCat(t *testing.T) {
 			want: pcap(0, 2, 3, 4), says: "4 packets, 132 bytes\n"},
 		"equal": {files: contents{"0": pcap(5, 6), "1": pcap(5)},
 			want: pcap(5, 6, 5), says: "3 packets, 105 bytes\n"},
+		"one begun": {files: contents{"0": pcap(), "1": pcap(1)}, then: contents{"0": pcap(3)},
+			want: pcap(1, 3), says: "2 packets, 78 bytes\n"},
 		"the last grows": {files: contents{"0": pcap(1), "1": pcap(3)}, then: contents{"1": pcap(3, 4)},
 			want: pcap(1, 3, 4), says: "3 packets, 105 bytes\n"},
 		"overwritten": {files: contents{"0": pcap(1), "1": pcap(3), "2": pcap(5)}, then: contents{"1": pcap(9)},
