@@ -10,8 +10,7 @@
 // Two more annotations say what is captured:
 //
 //	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default: every packet
-//	tcpdump.antrea.io/interface="lo"         an interface of the pod, or any; default: eth0,
-//	                                         or any if the pod has the host's network
+//	tcpdump.antrea.io/interface="lo"         an interface, or any; default: eth0 (hostNetwork: any)
 //
 // Events on the pod say what happens, and /captures has a link for each captured pod, to its files.
 // Two commands in the container read a capture:
@@ -32,7 +31,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
@@ -83,9 +81,8 @@ const (
 	// maxFilter is in bytes. The watch waits while one is compiled: up to 0.15 s, but 9 s for 4,096 bytes.
 	maxFilter = 1024
 
-	// birthPoll is how often a capture looks for its pod's network namespace. The first container starts
-	// about 100 ms after it is there. After 5 minutes, or when an interface, room or disk space is
-	// missing, a capture looks twice a second.
+	// birthPoll is how often a capture at first looks for its pod's network (namespace), which is there
+	// about 100 ms before the first container starts.
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
@@ -99,8 +96,7 @@ const (
 )
 
 var (
-	// A pause is random, between the current minimum and twice that. The longest pauses are thus 30 s,
-	// as in client-go, and 5 minutes, as in the kubelet.
+	// With jitter the longest pauses are 30 s, as in client-go, and 5 minutes, as in the kubelet.
 	requestBackoff = backoff{800 * time.Millisecond, 15 * time.Second}
 	tcpdumpBackoff = backoff{200 * time.Millisecond, 150 * time.Second}
 
@@ -126,8 +122,7 @@ func run(ctx context.Context, arguments []string) error {
 	case len(arguments) == 2 && arguments[0] == "live":
 		return live(ctx, "/", arguments[1])
 	case len(arguments) > 0:
-		return fmt.Errorf("can't run %q: use cat or live with <namespace>/<pod>",
-			cut(strings.Join(arguments, " ")))
+		return fmt.Errorf("can't run %q: use cat or live with <namespace>/<pod>", arguments)
 	}
 
 	cfg, err := readConfig(os.Getenv)
@@ -182,16 +177,15 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 type agent struct {
 	config
 	cgroups *cgroups
-	// api sends requests to the API server. Tests replace it.
-	api http.RoundTripper
+	// api sends requests to the API server, and start is the function start. Tests replace both.
+	api   http.RoundTripper
+	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 	// roots is the last CA bundle that could be read.
 	roots atomic.Pointer[x509.CertPool]
 	// alive counts the goroutines that capture and that post Events.
 	alive sync.WaitGroup
 	// ready makes the readiness probe succeed. The watch calls it with each event.
 	ready func()
-	// start is the function start. Tests replace it.
-	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 
 	// roomLock guards rooms: how many files a capture has room for, by its stem.
 	roomLock sync.Mutex
@@ -203,9 +197,9 @@ type agent struct {
 	queues    map[string][]func()
 }
 
-func newAgent(cfg config) (*agent, error) {
-	groups, err := newCgroups(cfg.proc)
-	if err != nil {
+func newAgent(cfg config) (a *agent, err error) {
+	a = &agent{config: cfg, start: start, rooms: map[string]int{}, queues: map[string][]func(){}}
+	if a.cgroups, err = newCgroups(cfg.proc); err != nil {
 		return nil, fmt.Errorf("can't see the host's processes; this needs hostPID, CAP_SYS_PTRACE and, "+
 			"with AppArmor, a profile that allows ptrace (Unconfined): %w", err)
 	}
@@ -213,8 +207,6 @@ func newAgent(cfg config) (*agent, error) {
 	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
 		return nil, fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
 	}
-	a := &agent{config: cfg, cgroups: groups, start: start,
-		rooms: map[string]int{}, queues: map[string][]func(){}}
 	// It never connects through HTTPS_PROXY: Proxy is not set. Without ForceAttemptHTTP2 there would be
 	// no HTTP/2, whose pings detect a half-open connection. It buffers little that is not read yet.
 	a.api = &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
@@ -245,18 +237,16 @@ func (a *agent) run(ctx context.Context) {
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
 type pod struct {
-	namespace, name, uid string
 	// kubeletUID is in the name of the pod's cgroup, and kubectl describe finds its Events by it.
 	// It differs from uid if the pod is static.
-	kubeletUID string
+	namespace, name, uid, kubeletUID string
 }
 
-// spec is what a pod's annotations ask for.
+// spec is what a pod's annotations ask for. files is value as a number, or 0 if it is none.
 type spec struct {
 	annotated            bool
 	value, filter, iface string
-	// files is value as a number: how many files to rotate through. It is 0 if value is not a number.
-	files int
+	files                int
 }
 
 // podWatch follows the node's pods. One goroutine uses it.
@@ -264,11 +254,9 @@ type podWatch struct {
 	agent *agent
 	// captures is by UID, because a pod that is recreated under the same name is another pod.
 	captures map[string]*capture
-	// version is the resourceVersion of the last event, or anyVersion.
-	version string
-	// complaint is the last error, so that the same one is logged once, or "" when all is well. It has no
-	// digits, because a port in it differs each time.
-	complaint string
+	// version is the resourceVersion of the last event, or anyVersion. complaint is the last error, or ""
+	// when all is well, so that it is logged once. It has no digits: a port in it differs each time.
+	version, complaint string
 }
 
 // follow keeps a watch open until ctx ends. A broken watch never stops a capture.
@@ -307,7 +295,7 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	path := fmt.Sprintf("/api/v1/pods?fieldSelector=spec.nodeName%%3D%s&watch=true&resourceVersion=%s"+
 		"&allowWatchBookmarks=true&timeoutSeconds=%d", w.agent.nodeName, url.QueryEscape(w.version), limit)
 	onlyMetadata := "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-	body, err := w.agent.do(asking, "GET", path, onlyMetadata, nil)
+	body, err := w.agent.do(asking, "GET", path, onlyMetadata, "")
 	if err != nil {
 		return false, err
 	}
@@ -315,7 +303,10 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 
 	began, before, unseen := time.Now(), w.version, maps.Clone(w.captures)
 	for decoder := json.NewDecoder(body); err == nil; {
-		err = w.next(ctx, decoder, unseen)
+		var e event // a new one each time, because Decode keeps the old value of a field that an event lacks
+		if err = decoder.Decode(&e); err == nil {
+			err = w.next(ctx, &e, unseen)
+		}
 	}
 	return w.version != before || time.Since(began) >= time.Second, err
 }
@@ -324,12 +315,7 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 // order. The first event of another type, at the latest a bookmark after a minute, ends this list. Then
 // the captures whose pods were not in it are stopped: those that are still in unseen. The next watch
 // continues from the last version.
-func (w *podWatch) next(ctx context.Context, decoder *json.Decoder, unseen map[string]*capture) error {
-	// It is new for each event, because Decode keeps the old value of a field that an event lacks.
-	var e event
-	if err := decoder.Decode(&e); err != nil {
-		return err
-	}
+func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*capture) error {
 	p, asked := e.pod()
 	version := e.Object.Metadata.ResourceVersion
 	switch {
@@ -378,8 +364,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
 		return
 	}
-	refusal := c.refusal(ctx, asked)
-	switch {
+	switch refusal := c.refusal(ctx, asked); {
 	case ctx.Err() != nil:
 		// The program ends, which may have interrupted the check of the filter.
 	case refusal != "":
@@ -416,10 +401,11 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 	case len(filter) > maxFilter || strings.TrimFunc(filter, unicode.IsPrint) != "":
 		return refuse(filterAnnotation, filter, fmt.Sprintf(
 			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter))
-	}
-	if err := c.compile(ctx, asked); err != nil {
-		return refuse(filterAnnotation, filter,
-			"a pcap filter expression, in which hosts and ports are numbers; "+err.Error())
+	case filter != "":
+		if err := c.compile(ctx, asked); err != nil {
+			return refuse(filterAnnotation, filter,
+				"a pcap filter expression, in which hosts and ports are numbers; "+err.Error())
+		}
 	}
 
 	c.agent.roomLock.Lock()
@@ -438,9 +424,6 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 // compile lets tcpdump compile a filter and returns its error. tcpdump runs in an empty network
 // namespace, where it can't look up names: a filter must not be able to send DNS queries.
 func (c *capture) compile(ctx context.Context, asked spec) error {
-	if asked.filter == "" {
-		return nil
-	}
 	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked)
 	link := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
 	tcpdump, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
@@ -470,10 +453,9 @@ type capture struct {
 	counts   string
 
 	// stem is the path of the files without their digits, "" while the capture has no room. It changes
-	// under roomLock, so that the watch can read it. link is the one in /captures to it.
-	stem, link string
-	// told is the last message.
-	told string
+	// under roomLock, so that the watch can read it. link is the one in /captures to it. told is the last
+	// message, under queueLock.
+	stem, link, told string
 }
 
 // run captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
@@ -1006,7 +988,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 	})
 	for retry := requestBackoff; ; {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		answer, err := a.do(ctx, "POST", path, "application/json", body)
+		answer, err := a.do(ctx, "POST", path, "application/json", string(body))
 		cancel()
 		status, _ := err.(statusError)
 		switch code := status.Code; {
@@ -1044,9 +1026,8 @@ func (e *event) pod() (p pod, asked spec) {
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
 	// A static pod's cgroup is named after a hash of its manifest. Users may create pods that claim one,
 	// so it must not be a path, nor another pod's UID, which has dashes.
-	hash := m.Annotations["kubernetes.io/config.mirror"]
-	if hash != "" && strings.Trim(hash, "abcdef"+digits) == "" {
-		p.kubeletUID = hash
+	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, "abcdef"+digits) == "" {
+		p.kubeletUID = cmp.Or(hash, m.UID)
 	}
 	asked.value, asked.annotated = m.Annotations[annotation]
 	asked.files, _ = strconv.Atoi(asked.value)
@@ -1071,9 +1052,9 @@ func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, er
 
 // do sends a request and returns the body of the answer, which the caller closes. An answer other than
 // 2xx is a statusError. The token is read each time, because it is replaced every hour.
-func (a *agent) do(ctx context.Context, verb, path, as string, body []byte) (io.ReadCloser, error) {
+func (a *agent) do(ctx context.Context, verb, path, as, body string) (io.ReadCloser, error) {
 	token, tokenErr := os.ReadFile(a.account + "/token")
-	request, err := http.NewRequestWithContext(ctx, verb, a.url+path, bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, verb, a.url+path, strings.NewReader(body))
 	if err = cmp.Or(tokenErr, err); err != nil {
 		return nil, err
 	}
@@ -1100,8 +1081,7 @@ func (a *agent) do(ctx context.Context, verb, path, as string, body []byte) (io.
 type statusError struct {
 	Code            int
 	Reason, Message string
-	// retryAfter is the server's Retry-After, but a minute at most.
-	retryAfter time.Duration
+	retryAfter      time.Duration
 }
 
 func (e statusError) Error() string {

@@ -176,7 +176,7 @@ func TestStart(t *testing.T) {
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
 	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
 		"that allows ptrace (Unconfined): no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
-	says(t, run(t.Context(), []string{"help"}), `can't run "help": use cat or live with <namespace>/<pod>`)
+	says(t, run(t.Context(), []string{"help"}), `can't run ["help"]: use cat or live with <namespace>/<pod>`)
 	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
 	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
 	t.Setenv("NODE_NAME", "")
@@ -875,7 +875,7 @@ func TestConnection(t *testing.T) {
 	a.url = server.URL
 	get := func() error {
 		defer a.api.(*http.Transport).CloseIdleConnections()
-		_, err := a.do(t.Context(), "GET", "/", "", nil)
+		_, err := a.do(t.Context(), "GET", "/", "", "")
 		return err
 	}
 	says(t, get(), "ca.crt holds no certificate")
