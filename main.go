@@ -237,8 +237,7 @@ func (a *agent) run(ctx context.Context) {
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
 type pod struct {
-	// kubeletUID is in the name of the pod's cgroup, and kubectl describe finds its Events by it.
-	// It differs from uid if the pod is static.
+	// kubeletUID, by which the pod's cgroup and its Events are found, differs from uid in a static pod.
 	namespace, name, uid, kubeletUID string
 }
 
@@ -313,8 +312,7 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 
 // next applies one event of the watch. From anyVersion a watch begins with all pods as ADDED, in any
 // order. The first event of another type, at the latest a bookmark after a minute, ends this list. Then
-// the captures whose pods were not in it are stopped: those that are still in unseen. The next watch
-// continues from the last version.
+// the captures whose pods were not in it are stopped: those that are still in unseen.
 func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*capture) error {
 	p, asked := e.pod()
 	version := e.Object.Metadata.ResourceVersion
@@ -540,8 +538,7 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files, after tcpdump has exited. Unless keepRoom is true, it also gives back the
-// capture's room, its stem and its link.
+// clear deletes the files, after tcpdump has exited, and without keepRoom the room, stem and link too.
 func (c *capture) clear(keepRoom bool) {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
@@ -596,9 +593,14 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	if c.spec.filter != "" {
 		arguments = append(arguments, "--", c.spec.filter)
 	}
-	network, err := c.agent.cgroups.open(s)
+	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
 	if err != nil {
 		return fmt.Errorf("the pod's network can't be opened: %w", err)
+	}
+	// The PID may be another pod's by now, so the name of what was opened is compared.
+	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
+		network.Close()
+		return errors.New("the pod's network can't be opened: the process it was found through has ended")
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -629,18 +631,16 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
 		now := c.agent.cgroups.find(c.pod, s).network
-		// When a container of CRI-O crashes, tcpdump may be the only process in the pod's network. Then
-		// the network is found through tcpdump.
+		// When a container of CRI-O has crashed, tcpdump may be the only process in the pod's network.
 		if now == "" {
 			now = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: pid}).network
-		}
-		if now != "" {
-			hadNetwork = time.Now()
 		}
 		switch {
 		case c.agent.isFull():
 			stop(errFull)
-		case now != "" && now != s.network, time.Since(hadNetwork) >= ringDelay:
+		case now == s.network:
+			hadNetwork = time.Now()
+		case now != "", time.Since(hadNetwork) >= ringDelay:
 			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
@@ -813,10 +813,9 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: that of its oldest process, since containers may create networks of
-// their own. That of last is kept as long as last.pid, the pod's or tcpdump's, is in it. If the pod
-// has no network, the sandbox is empty. The kubelet makes the pod's cgroup before its network is there,
-// and removes it 1 to 2 s after the pod's last container has ended.
+// find returns a pod's network: last, while process last.pid, the pod's or tcpdump's, is in it, else
+// that of the pod's oldest process, since containers may create networks. It is empty before there is
+// one, and when the kubelet has removed the pod's cgroup, 1 to 2 s after the last container has ended.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -832,11 +831,17 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	}
 	pids := processesIn(all...)
 	if len(pids) == 0 {
-		pids = g.strayProcesses("/" + filepath.Base(all[0]) + ":")
+		pids = processesIn(g.straysOf("/" + filepath.Base(all[0]) + ":")...)
 	}
 	oldest := uint64(math.MaxUint64)
 	for _, pid := range pids {
-		born := g.startTime(pid)
+		// Field 22 of its stat is its start, in clock ticks. Field 2, a command, ends at the last ")".
+		stat := readFile(filepath.Join(g.proc, pid, "stat"))
+		fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
+		if len(fields) < 20 {
+			continue // it has ended
+		}
+		born, _ := strconv.ParseUint(fields[19], 10, 64)
 		if now, inPod := g.sandboxOf(pid); inPod && born < oldest {
 			s, oldest = now, born
 		}
@@ -867,20 +872,6 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	return s, err == nil && hostErr == nil && !os.SameFile(root, hostRoot)
 }
 
-// open opens a network; the caller closes the file. The PID in s may be another pod's by now, so the
-// name of what was opened is compared.
-func (g *cgroups) open(s sandbox) (*os.File, error) {
-	file, err := os.Open(filepath.Join(g.proc, s.pid, "ns/net"))
-	if err != nil {
-		return nil, err
-	}
-	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", file.Fd())); opened != s.network {
-		file.Close()
-		return nil, errors.New("the process it was found through has ended")
-	}
-	return file, nil
-}
-
 func processesIn(cgroups ...string) (pids []string) {
 	for _, cgroup := range cgroups {
 		pids = append(pids, strings.Fields(readFile(cgroup+"/cgroup.procs"))...)
@@ -888,53 +879,36 @@ func processesIn(cgroups ...string) (pids []string) {
 	return pids
 }
 
-// strayProcesses returns the processes of a pod whose containers are outside its cgroup. That is so
-// where the kubelet uses the systemd driver and the runtime takes the slice's path for a plain name.
-func (g *cgroups) strayProcesses(name string) (pids []string) {
+// straysOf returns the cgroups of a pod whose containers are outside its own. That is so where the
+// kubelet uses the systemd driver and the runtime takes the slice's path for a plain name.
+func (g *cgroups) straysOf(name string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if time.Since(g.listed) >= 4*birthPoll { // all captures share the list
 		g.strays, g.listed = cgroupsIn(g.tree+"/system.slice"), time.Now()
 	}
-	for _, stray := range g.strays {
-		if strings.Contains(stray, name) {
-			pids = append(pids, processesIn(stray)...)
-		}
-	}
-	return pids
+	isOther := func(stray string) bool { return !strings.Contains(stray, name) }
+	return slices.DeleteFunc(slices.Clone(g.strays), isOther)
 }
 
 // cgroupsIn returns a cgroup and all below it, if it exists.
 func cgroupsIn(cgroup string) (all []string) {
 	filepath.WalkDir(cgroup, func(path string, entry os.DirEntry, err error) error {
-		if err != nil || !entry.IsDir() {
-			return nil
-		}
-		all = append(all, path)
-		// A folder has two links and one for each folder in it, so one with two need not be read.
-		if info, err := entry.Info(); err == nil && info.Sys().(*syscall.Stat_t).Nlink == 2 {
-			return filepath.SkipDir
+		if err == nil && entry.IsDir() {
+			all = append(all, path)
+			// A folder has two links and one for each folder in it, so one with two need not be read.
+			if info, err := entry.Info(); err == nil && info.Sys().(*syscall.Stat_t).Nlink == 2 {
+				return filepath.SkipDir
+			}
 		}
 		return nil
 	})
 	return all
 }
 
-// startTime is field 22 of a process's stat, in clock ticks. Field 2, a command, ends at the last ")".
-func (g *cgroups) startTime(pid string) uint64 {
-	stat := readFile(filepath.Join(g.proc, pid, "stat"))
-	fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
-	if len(fields) < 20 {
-		return math.MaxUint64 // it has ended
-	}
-	ticks, _ := strconv.ParseUint(fields[19], 10, 64)
-	return ticks
-}
-
 // ---- Events ----
 
-// tell logs a message and queues an Event with it, unless it equals the capture's last one. It never
-// waits for the API server.
+// tell logs a message and queues an Event with it, unless it equals the capture's last one.
 func (c *capture) tell(kind, reason, format string, values ...any) {
 	a, namespace := c.agent, c.pod.namespace
 	a.queueLock.Lock()
@@ -997,8 +971,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 			return
 		case status.Reason == "AlreadyExists": // an earlier try has posted it
 			return
-		// 401, 409 (of a quota), 429 and 5xx may pass. Others do not, such as 403 in a namespace that is
-		// being deleted.
+		// 401, 409 (of a quota), 429 and 5xx may pass. 403 in a namespace that is being deleted does not.
 		case code > 0 && code < 500 && code != 401 && code != 409 && code != 429, time.Since(at) >= eventTime:
 			slog.Warn("an Event was not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return

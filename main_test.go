@@ -739,12 +739,11 @@ func TestReusedPID(t *testing.T) {
 	now := g.find(web.pod, s)
 	is(t, "the network that is found", now.network, s.network)
 
-	_, err = g.open(s)
-	says(t, err, "has ended")
+	c := &capture{agent: &agent{config: config{proc: proc.dir}}}
+	says(t, c.runTcpdump(t.Context(), s), "has ended")
 	is(t, "files that are open", len(openIn(proc.dir)), 0)
 	proc.end(50)
-	_, err = g.open(s)
-	says(t, err, "/50/ns/net: no such file")
+	says(t, c.runTcpdump(t.Context(), s), "/50/ns/net: no such file")
 }
 
 // ---- Events, the API server, and cat ----
