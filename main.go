@@ -1140,7 +1140,7 @@ func live(ctx context.Context, root, name string) error {
 	if err != nil {
 		return err
 	}
-	dir, arguments := findTcpdump(stem)
+	dir, options := findTcpdump(stem)
 	network, err := os.Open(dir + "/ns/net")
 	// A second look shows that the network that was opened is that of this tcpdump.
 	if again, _ := findTcpdump(stem); err != nil || again != dir {
@@ -1159,8 +1159,7 @@ func live(ctx context.Context, root, name string) error {
 		stop(nil)
 	}()
 
-	arguments = append([]string{"--immediate-mode", "-w", "-"}, arguments...)
-	tcpdump, err := start(running, network, arguments...)
+	tcpdump, err := start(running, network, append([]string{"--immediate-mode", "-w", "-"}, options...)...)
 	if err == nil {
 		io.Copy(os.Stderr, tcpdump.stderr) // it says how many packets were dropped
 		err = tcpdump.wait()
@@ -1171,9 +1170,9 @@ func live(ctx context.Context, root, name string) error {
 	return nil
 }
 
-// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and what its
-// arguments are after their path. It looks only at this container's processes: others can imitate one.
-func findTcpdump(stem string) (dir string, arguments []string) {
+// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its options
+// after their path. It looks only at this container's processes: others can imitate one.
+func findTcpdump(stem string) (dir string, options []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")
 	for _, dir := range all {
