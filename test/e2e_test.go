@@ -563,7 +563,7 @@ func (c *cluster) webhook() {
 	}
 	c.row("the webhook for Events of a namespace hangs", "the Events of others come", took)
 	mend()
-	noisy.told("noisy", "CaptureStarted", "4 files")
+	noisy.told("noisy", "CaptureStarted", "(N=4")
 }
 
 // Whoever fits goes first. Who has room keeps it when the filter changes, whoever waits for it.
