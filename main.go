@@ -267,7 +267,7 @@ func (w *podWatch) follow(ctx context.Context) {
 			retry = requestBackoff
 		}
 		switch status, _ := err.(statusError); {
-		case status.Code == http.StatusGone && before != anyVersion,
+		case status.Code == http.StatusGone && before != anyVersion ||
 			worked && err == io.EOF && w.version == before:
 			// The server has no history since that version. Or the watch ended without even a bookmark:
 			// after a restore of etcd the server may be behind that version.
@@ -285,8 +285,8 @@ func (w *podWatch) follow(ctx context.Context) {
 }
 
 // watch applies events until the stream ends, with io.EOF at its time limit: 5 to 10 minutes at random,
-// so that the nodes' watches do not end together. It has worked if it delivered or lasted a second: if
-// a server accepts watches and closes them at once, the pauses grow.
+// so that the nodes' watches do not end together. It has worked if it brought a version or lasted a
+// second: if a server accepts watches and closes them at once, the pauses grow.
 func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -328,8 +328,8 @@ func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*captur
 	}
 	w.agent.ready()
 
-	delete(unseen, p.uid)
 	if w.version == anyVersion {
+		delete(unseen, p.uid)
 		// Until the list is complete, a watch that breaks must begin with all pods again.
 		if e.Type == "ADDED" {
 			return nil
@@ -413,7 +413,7 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 	case n > free:
 		return refuse(annotation, asked.value, fmt.Sprintf(
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit))
-	default: // so that it is not stopped only to wait for room
+	default: // reserved now, so that it is not stopped only to wait for room
 		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return ""
@@ -437,7 +437,8 @@ func (c *capture) compile(ctx context.Context, asked spec) error {
 type capture struct {
 	agent *agent
 	pod   pod
-	// The watch uses these: the last annotations, the last valid ones, and what stops their goroutine.
+	// The watch uses these: the last annotations, the last valid ones, and what stops their goroutine,
+	// with errReplaced if another follows.
 	last, valid spec
 	stop        context.CancelCauseFunc
 
@@ -492,7 +493,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 }
 
 // await returns the pod's sandbox once nothing is missing for a capture, or when ctx ends. After
-// waitingTime an Event names what is missing, once.
+// waitingTime an Event names what is missing, and again if that changes.
 func (c *capture) await(ctx context.Context) (s sandbox) {
 	missing, named := "", ""
 	for began := time.Now(); ctx.Err() == nil; {
@@ -507,11 +508,11 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 		waited := time.Since(began)
 		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != named {
 			named = what
-			if _, size := findFiles(c.stem); !c.captured {
-				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
-			} else {
+			if _, size := findFiles(c.stem); c.captured {
 				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
-					"it is back, or the annotation or the pod goes", c.counts, what, size)
+					"the annotation or the pod goes", c.counts, what, size)
+			} else {
+				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
 			}
 		}
 		poll := birthPoll
@@ -654,7 +655,7 @@ type process struct {
 }
 
 // start starts tcpdump in a network, or in a new, empty one if network is nil. nsenter replaces itself
-// with tcpdump, so pid is tcpdump's. When ctx ends, it gets SIGTERM, and after termGrace SIGKILL.
+// with tcpdump, so pid is tcpdump's. When ctx ends, tcpdump gets SIGTERM, and after termGrace SIGKILL.
 func start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
 	enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
@@ -676,7 +677,7 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 }
 
 // read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
-// with the first warning or "". It returns the final counts, and the last complaint or the exit status.
+// with the first warning or "". It returns the counts and, if it failed, its last complaint or status.
 func (p *process) read(listening func(warning string)) (counts string, err error) {
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
@@ -813,9 +814,9 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: last, while process last.pid, the pod's or tcpdump's, is in it, else
-// that of the pod's oldest process, since containers may create networks. It is empty before there is
-// one, and when the kubelet has removed the pod's cgroup, 1 to 2 s after the last container has ended.
+// find returns a pod's network: that of last, if process last.pid, the pod's or tcpdump's, is still in
+// it, or else that of the pod's oldest process, since containers may create others. It is empty if
+// there is none, or no cgroup: the kubelet removes that 1 to 2 s after the last container's end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -879,15 +880,15 @@ func processesIn(cgroups ...string) (pids []string) {
 	return pids
 }
 
-// straysOf returns the cgroups of a pod whose containers are outside its own. That is so where the
-// kubelet uses the systemd driver and the runtime takes the slice's path for a plain name.
-func (g *cgroups) straysOf(name string) []string {
+// straysOf returns the cgroups of a pod's containers that are outside its own. They are there if the
+// kubelet uses the systemd driver and the runtime takes the slice for a plain name, "/<slice>:<...>".
+func (g *cgroups) straysOf(slice string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if time.Since(g.listed) >= 4*birthPoll { // all captures share the list
 		g.strays, g.listed = cgroupsIn(g.tree+"/system.slice"), time.Now()
 	}
-	isOther := func(stray string) bool { return !strings.Contains(stray, name) }
+	isOther := func(stray string) bool { return !strings.Contains(stray, slice) }
 	return slices.DeleteFunc(slices.Clone(g.strays), isOther)
 }
 
@@ -1069,7 +1070,7 @@ func findCapture(root, name string) (stem string, err error) {
 	stem, err = os.Readlink(root + "/captures/" + namespace + "_" + pod)
 	if err != nil {
 		links, _ := filepath.Glob(root + "/captures/*")
-		err = fmt.Errorf("%q is not captured here: it must be <namespace>/<pod>, of %q", cut(name), links)
+		err = fmt.Errorf("%q is not captured here: give <namespace>/<pod>, of those in %q", cut(name), links)
 	}
 	return stem, err
 }

@@ -415,7 +415,7 @@ func TestWaiting(t *testing.T) {
 // says so if the pod is still there some seconds later. A new network is captured.
 func TestFinishedPod(t *testing.T) {
 	const counted = stopped + ": Stopped: 7 packets captured, 2 packets dropped by the kernel"
-	const gone = "; the pod's network is gone, the files (300 bytes) stay until it is back, or the annotation or the pod goes"
+	const gone = "; the pod's network is gone, the files (300 bytes) stay until the annotation or the pod goes"
 	const deleted = "; its files (300 bytes) are deleted"
 	simulate(t, 5, func(w *world) {
 		w.born(50, web)
@@ -983,8 +983,8 @@ func TestCat(t *testing.T) {
 	for _, name := range []string{"ns2/web", "web", "default_web", "/web", "default/", "default/web/", "",
 		"default/../captures/default_web", "../../captures/default_web", "default/x", "/capture-web.pcap0"} {
 		var out, said bytes.Buffer
-		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: it must be "+
-			fmt.Sprintf(`<namespace>/<pod>, of ["%[1]s/captures/default_web" "%[1]s/captures/ns2_db"]`, root))
+		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: give "+
+			fmt.Sprintf(`<namespace>/<pod>, of those in ["%[1]s/captures/default_web" "%[1]s/captures/ns2_db"]`, root))
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")
