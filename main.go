@@ -177,7 +177,7 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 type agent struct {
 	config
 	cgroups *cgroups
-	// api sends requests to the API server, and start is the function start. Tests replace both.
+	// api sends requests to the API server, and start starts tcpdump. Tests replace both.
 	api   http.RoundTripper
 	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
 	// roots is the last CA bundle that could be read.
@@ -241,7 +241,7 @@ type pod struct {
 	namespace, name, uid, kubeletUID string
 }
 
-// spec is what a pod's annotations ask for. files is value as a number, or 0 if it is none.
+// spec is what a pod's annotations ask for. files is value as a number, 0 if it is not one.
 type spec struct {
 	annotated            bool
 	value, filter, iface string
@@ -286,7 +286,7 @@ func (w *podWatch) follow(ctx context.Context) {
 
 // watch applies events until the stream ends, with io.EOF at its time limit: 5 to 10 minutes at random,
 // so that the nodes' watches do not end together. It has worked if it brought a version or lasted a
-// second: if a server accepts watches and closes them at once, the pauses grow.
+// second. So the pauses grow if a server closes its watches at once.
 func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -366,7 +366,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	case ctx.Err() != nil:
 		// The program ends, which may have interrupted the check of the filter.
 	case refusal != "":
-		c.tell("Warning", "CaptureInvalid", "%s; nothing starts or stops", refusal)
+		c.tell("Warning", "CaptureInvalid", "%s; it changes nothing", refusal)
 	default:
 		c.stop(errReplaced)
 		ctx, c.stop = context.WithCancelCause(ctx)
@@ -413,7 +413,7 @@ func (c *capture) refusal(ctx context.Context, asked spec) string {
 	case n > free:
 		return refuse(annotation, asked.value, fmt.Sprintf(
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit))
-	default: // reserved now, so that it is not stopped only to wait for room
+	default: // reserved now, or the capture might stop only to wait for room
 		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return ""
@@ -510,7 +510,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 			named = what
 			if _, size := findFiles(c.stem); c.captured {
 				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
-					"the annotation or the pod goes", c.counts, what, size)
+					"it is back, or the annotation or the pod goes", c.counts, what, size)
 			} else {
 				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
 			}
@@ -539,7 +539,7 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files, after tcpdump has exited, and without keepRoom the room, stem and link too.
+// clear deletes the files once tcpdump has exited; without keepRoom also the room, stem and link.
 func (c *capture) clear(keepRoom bool) {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
@@ -677,7 +677,7 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 }
 
 // read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
-// with the first warning or "". It returns the counts and, if it failed, its last complaint or status.
+// with the first warning or "". It returns the counts and, if tcpdump failed, its complaint or status.
 func (p *process) read(listening func(warning string)) (counts string, err error) {
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
@@ -691,7 +691,8 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 			counts += ", " + strings.Replace(line, "by kernel", "by the kernel", 1)
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			warning = cmp.Or(warning, cut(line))
-		case strings.Contains(line, ": ") && !strings.Contains(line, "data link type "):
+		case (strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")) &&
+			!strings.Contains(line, "data link type "):
 			complaint = cut(line)
 		}
 	}
@@ -814,9 +815,9 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: that of last, if process last.pid, the pod's or tcpdump's, is still in
-// it, or else that of the pod's oldest process, since containers may create others. It is empty if
-// there is none, or no cgroup: the kubelet removes that 1 to 2 s after the last container's end.
+// find returns a pod's network: that of last while process last.pid, the pod's or tcpdump's, is in it,
+// else that of the pod's oldest process, since containers may create others. It is empty without a
+// network or a cgroup, which the kubelet removes 1 to 2 s after the last container's end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -1010,7 +1011,7 @@ func (e *event) pod() (p pod, asked spec) {
 	return p, asked
 }
 
-// dial reads the CA bundle each time, since it may be replaced. If it can't, it uses the last one.
+// dial reads the CA bundle each time, since it may be replaced. If that fails, it uses the last one.
 func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	roots := x509.NewCertPool()
 	if roots.AppendCertsFromPEM([]byte(readFile(a.account + "/ca.crt"))) {
@@ -1070,7 +1071,7 @@ func findCapture(root, name string) (stem string, err error) {
 	stem, err = os.Readlink(root + "/captures/" + namespace + "_" + pod)
 	if err != nil {
 		links, _ := filepath.Glob(root + "/captures/*")
-		err = fmt.Errorf("%q is not captured here: give <namespace>/<pod>, of those in %q", cut(name), links)
+		err = fmt.Errorf("%q is not captured here: use <namespace>/<pod>; captured are %q", cut(name), links)
 	}
 	return stem, err
 }
@@ -1172,7 +1173,7 @@ func live(ctx context.Context, root, name string) error {
 }
 
 // findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its options
-// after their path. It looks only at this container's processes: others can imitate one.
+// after -w <stem>. It looks only at this container's processes: others can imitate one.
 func findTcpdump(stem string) (dir string, options []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")

@@ -349,10 +349,10 @@ func TestTrouble(t *testing.T) {
 // An invalid annotation starts and stops nothing. One Event says what was read, and what is accepted.
 func TestMistakes(t *testing.T) {
 	const many = invalid + `: the annotation tcpdump.antrea.io is "many": it must be the number of files ` +
-		"to rotate through, a plain decimal number from 1 to 5; nothing starts or stops"
+		"to rotate through, a plain decimal number from 1 to 5; it changes nothing"
 	const refused = invalid + `: /filter is "refused": it must be a pcap filter expression, in which hosts ` +
 		"and ports are numbers; tcpdump: can't parse filter expression: syntax error; " +
-		"nothing starts or stops"
+		"it changes nothing"
 	simulate(t, 5, func(w *world) {
 		w.proc.pod(50, web.uid)
 		w.change(web.of("many"), nil, many)
@@ -415,7 +415,7 @@ func TestWaiting(t *testing.T) {
 // says so if the pod is still there some seconds later. A new network is captured.
 func TestFinishedPod(t *testing.T) {
 	const counted = stopped + ": Stopped: 7 packets captured, 2 packets dropped by the kernel"
-	const gone = "; the pod's network is gone, the files (300 bytes) stay until the annotation or the pod goes"
+	const gone = "; the pod's network is gone, the files (300 bytes) stay until it is back, or the annotation or the pod goes"
 	const deleted = "; its files (300 bytes) are deleted"
 	simulate(t, 5, func(w *world) {
 		w.born(50, web)
@@ -556,6 +556,7 @@ func TestStderr(t *testing.T) {
 		{text: listening + "1 packet captured\n1 packet received by filter\n0 packets dropped by kernel\n",
 			counts: "1 packet captured, 0 packets dropped by the kernel"},
 		{text: "tcpdump: first\n" + listening + "nsenter: last", complaint: "nsenter: last"},
+		{text: "tcpdump: eth0: no permission\n(socket: not permitted)\n", complaint: "tcpdump: eth0: no permission"},
 		{text: "tcpdump: data link type LINUX_SLL2\n" + listening},
 		{text: "tcpdump: WARNING: first\nWarning: late\n" + listening, warning: "tcpdump: WARNING: first"},
 		{text: long, complaint: long},
@@ -983,8 +984,8 @@ func TestCat(t *testing.T) {
 	for _, name := range []string{"ns2/web", "web", "default_web", "/web", "default/", "default/web/", "",
 		"default/../captures/default_web", "../../captures/default_web", "default/x", "/capture-web.pcap0"} {
 		var out, said bytes.Buffer
-		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: give "+
-			fmt.Sprintf(`<namespace>/<pod>, of those in ["%[1]s/captures/default_web" "%[1]s/captures/ns2_db"]`, root))
+		says(t, cat(root, name, &out, &said), strconv.Quote(name)+" is not captured here: use "+
+			fmt.Sprintf(`<namespace>/<pod>; captured are ["%[1]s/captures/default_web" "%[1]s/captures/ns2_db"]`, root))
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")

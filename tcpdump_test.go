@@ -276,7 +276,7 @@ func TestFilter(t *testing.T) {
 	web.holds("", 0, 2, "this")
 
 	mistake := spec{value: "1", filter: "ether host 02:00:00:00:00:09", iface: "any"} // eth0 could have it
-	web.see(mistake, "CaptureInvalid", "nothing starts or stops")
+	web.see(mistake, "CaptureInvalid", "it changes nothing")
 	web.say(web.pod, "this", 4001, 3, 3)
 	web.holds("", 0, 3, "this") // none is lost: tcpdump has not begun again
 	web.see(spec{value: "1", filter: "outbound and (ip protochain 17)"}, "CaptureStarted", "Kernel filter failed")

@@ -170,7 +170,7 @@ func (c *cluster) mistakes() {
 	for _, mistake := range mistakes {
 		if key, value, _ := strings.Cut(mistake, "="); value != "3" && value != "udp" && value != "any" {
 			quoted := strconv.Quote(value)
-			c.told("web", "CaptureInvalid", "Warning", " "+annotation+key+" is "+quoted[:min(len(quoted)-1, 100)], "nothing starts or stops")
+			c.told("web", "CaptureInvalid", "Warning", " "+annotation+key+" is "+quoted[:min(len(quoted)-1, 100)], "it changes nothing")
 		}
 	}
 	c.exact("3 web")
@@ -201,7 +201,7 @@ func (c *cluster) mistakes() {
 	})
 
 	c.annotate("web-2", "=05")
-	c.told("web-2", "CaptureInvalid", `"05"`, "nothing starts or stops")
+	c.told("web-2", "CaptureInvalid", `"05"`, "it changes nothing")
 	c.exact("3 web")
 	c.row("a mistake in N, filter or interface, and back", "told each time, also that it is over; the capture goes on, same PID", 0)
 }
@@ -270,7 +270,7 @@ func (c *cluster) finished() {
 	c.wait(succeeded, "job")
 	c.row("pod finished", "tcpdump ends, files stay", c.exact("- job"))
 	c.holds("job.pcap000", "last words")
-	c.told("job", "CaptureStopped", "; the pod's network is gone, the files (", "stay until the annotation or the pod goes")
+	c.told("job", "CaptureStopped", "; the pod's network is gone, the files (", "stay until it is back")
 	n, err := c.look()
 	c.must(err)
 	c.onNode("kill -9 " + n.program)
@@ -589,7 +589,7 @@ func (c *cluster) room() {
 
 	pid = c.pid("1000 web")
 	c.annotate("web", fmt.Sprint("=", free+1))
-	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "nothing starts or stops")
+	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "it changes nothing")
 	c.exact("1000 web", "5 small")
 	if got := c.pid("1000 web"); got != pid {
 		c.Errorf("an N that there is no room for restarted the capture: PID %s, then %s", pid, got)
