@@ -539,7 +539,8 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files once tcpdump has exited; without keepRoom also the room, stem and link.
+// clear deletes the files of a tcpdump that has exited. Without keepRoom it also gives up the room, the
+// stem and the link.
 func (c *capture) clear(keepRoom bool) {
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
@@ -881,8 +882,8 @@ func processesIn(cgroups ...string) (pids []string) {
 	return pids
 }
 
-// straysOf returns the cgroups of a pod's containers that are outside its own. They are there if the
-// kubelet uses the systemd driver and the runtime takes the slice for a plain name, "/<slice>:<...>".
+// straysOf returns the cgroups of a pod's containers outside its own. Some are there if the kubelet uses
+// the systemd driver and the runtime does not: it names one "<slice>:cri-containerd:<container>".
 func (g *cgroups) straysOf(slice string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -1070,8 +1071,11 @@ func findCapture(root, name string) (stem string, err error) {
 	namespace, pod, _ := strings.Cut(name, "/")
 	stem, err = os.Readlink(root + "/captures/" + namespace + "_" + pod)
 	if err != nil {
-		links, _ := filepath.Glob(root + "/captures/*")
-		err = fmt.Errorf("%q is not captured here: use <namespace>/<pod>; captured are %q", cut(name), links)
+		all, _ := filepath.Glob(root + "/captures/*")
+		for i, link := range all {
+			all[i] = strings.Replace(filepath.Base(link), "_", "/", 1)
+		}
+		err = fmt.Errorf("%q is not captured here: use <namespace>/<pod>, one of %q", cut(name), all)
 	}
 	return stem, err
 }
