@@ -882,8 +882,8 @@ func processesIn(cgroups ...string) (pids []string) {
 	return pids
 }
 
-// straysOf returns the cgroups of a pod's containers outside its own. Some are there if the kubelet uses
-// the systemd driver and the runtime does not: it names one "<slice>:cri-containerd:<container>".
+// straysOf returns the cgroups of a pod's containers outside its own. They exist if only the kubelet
+// uses the systemd driver: the runtime then names them "<slice>:cri-containerd:<container>".
 func (g *cgroups) straysOf(slice string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
