@@ -370,6 +370,7 @@ func newFakeAPI(t testing.TB) *fakeAPI {
 		history: map[int][]byte{}}
 	f.changed = sync.NewCond(&f.mu)
 	f.mount("token", f.token+"\n")
+	f.mount("namespace", "kube-system")
 	return f
 }
 
@@ -638,17 +639,15 @@ type world struct {
 func simulate(t *testing.T, limit int, story func(w *world)) {
 	synctest.Test(t, func(t *testing.T) {
 		api, proc, root := newFakeAPI(t), newProc(t), t.TempDir()
-		cfg := testConfig(t, proc.dir, root)
-		cfg.account, cfg.limit = api.account, cmp.Or(limit, cfg.limit)
-		a, err := newAgent(cfg)
-		must(t, err)
+		a := testAgent(t, proc.dir, root)
+		a.account, a.limit = api.account, cmp.Or(limit, a.limit)
 		ctx, end := context.WithCancel(t.Context())
 		w := &world{T: t, agent: a, api: api, proc: proc, root: root, end: end}
 		w.kids = &children{TB: t, proc: proc}
 		a.api, a.start, a.ready = api, w.kids.start, func() { w.delivered.Add(1) }
 		defer slog.SetDefault(slog.Default())
 		slog.SetDefault(slog.New(slog.NewTextHandler(&w.log, nil)))
-		w.program.Go(func() { a.run(ctx) })
+		w.program.Go(func() { must(t, a.run(ctx)) })
 		synctest.Wait()
 		story(w)
 
@@ -663,16 +662,23 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 	})
 }
 
-func newPodWatch(a *agent) *podWatch {
+// newPodWatch is what run makes, for a test that stands where the watch is.
+func newPodWatch(t testing.TB, a *agent) *podWatch {
+	var err error
+	a.cgroups, err = newCgroups(a.proc)
+	must(t, err, os.Mkdir(a.root+"/captures", 0o755))
 	return &podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 }
 
-// testConfig is a node with a service account that can be read.
-func testConfig(t testing.TB, proc, root string) config {
-	cfg := config{nodeName: "node-1", podName: "packetcapture-x", podNamespace: "kube-system",
-		url: "https://kubernetes.test", account: t.TempDir(), proc: proc, root: root, limit: 1 << 30}
-	must(t, os.WriteFile(cfg.account+"/token", []byte("token"), 0o600))
-	return cfg
+// testAgent is a node with a service account that can be read.
+func testAgent(t testing.TB, proc, root string) *agent {
+	environment := map[string]string{"NODE_NAME": "node-1", "DISK_FREE": "0",
+		"KUBERNETES_SERVICE_HOST": "kubernetes.test", "KUBERNETES_SERVICE_PORT": "443"}
+	a, err := newAgent(func(name string) string { return environment[name] })
+	must(t, err)
+	a.account, a.proc, a.root, a.limit = t.TempDir(), proc, root, 1<<30
+	must(t, os.WriteFile(a.account+"/token", []byte("token"), 0o600))
+	return a
 }
 
 type annotated struct {

@@ -125,28 +125,44 @@ func run(ctx context.Context, arguments []string) error {
 		return fmt.Errorf("can't run %q: use cat or live with <namespace>/<pod>", arguments)
 	}
 
-	cfg, err := readConfig(os.Getenv)
-	if err != nil {
-		return err
-	}
-	a, err := newAgent(cfg)
+	a, err := newAgent(os.Getenv)
 	if err == nil {
 		slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.limit)
-		a.run(ctx)
+		err = a.run(ctx)
 	}
 	return err
 }
 
-type config struct {
-	nodeName, podName, podNamespace string // of the program's own pod
-	url, account                    string // the API server's; the service account's folder
-	proc, root                      string // where the host's processes are, and where the files go
-	limit                           int    // files that all captures together may have
-	diskFree                        int64  // percent to leave free
+// agent holds what the watch and all captures of this node share.
+type agent struct {
+	nodeName, url, account string // url is the API server's, account the service account's folder
+	proc, root             string // where the host's processes are, and where the files go
+	limit                  int    // files that all captures together may have
+	diskFree               int64  // percent to leave free
+
+	cgroups *cgroups
+	// api sends requests to the API server, start starts tcpdump, and ready makes the readiness probe
+	// succeed: the watch calls it with each event. Tests replace these.
+	api   http.RoundTripper
+	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
+	ready func()
+	// roots is the last CA bundle that could be read.
+	roots atomic.Pointer[x509.CertPool]
+	// alive counts the goroutines that capture and that post Events.
+	alive sync.WaitGroup
+
+	// roomLock guards rooms: how many files a capture has room for, by its stem.
+	roomLock sync.Mutex
+	rooms    map[string]int
+
+	// queueLock guards each capture's told, and queues: the Events to post, by namespace. A namespace
+	// is in it while a goroutine posts them.
+	queueLock sync.Mutex
+	queues    map[string][]func()
 }
 
-// readConfig reads the environment. Its error names everything that is missing or wrong.
-func readConfig(getenv func(string) string) (cfg config, err error) {
+// newAgent reads the environment. Its error names everything that is missing or wrong.
+func newAgent(getenv func(string) string) (a *agent, err error) {
 	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
 		if getenv(name) == "" {
 			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes should set it", name))
@@ -163,66 +179,38 @@ func readConfig(getenv func(string) string) (cfg config, err error) {
 	}
 
 	host, port := getenv("KUBERNETES_SERVICE_HOST"), getenv("KUBERNETES_SERVICE_PORT")
-	cfg = config{nodeName: getenv("NODE_NAME"), url: "https://" + net.JoinHostPort(host, port),
-		proc: "/proc", root: "/", account: "/var/run/secrets/kubernetes.io/serviceaccount"}
-	cfg.podName, _ = os.Hostname()
-	cfg.podNamespace = readFile(cfg.account + "/namespace")
+	a = &agent{nodeName: getenv("NODE_NAME"), url: "https://" + net.JoinHostPort(host, port),
+		proc: "/proc", root: "/", account: "/var/run/secrets/kubernetes.io/serviceaccount",
+		start: start, ready: answerProbe, rooms: map[string]int{}, queues: map[string][]func(){}}
 	disk := number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64)
-	cfg.limit = int(min((disk-logBytes)/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
-	cfg.diskFree = number("DISK_FREE", 15, 0, 99)
-	return cfg, err
-}
-
-// agent holds what the watch and all captures of this node share.
-type agent struct {
-	config
-	cgroups *cgroups
-	// api sends requests to the API server, and start starts tcpdump. Tests replace both.
-	api   http.RoundTripper
-	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
-	// roots is the last CA bundle that could be read.
-	roots atomic.Pointer[x509.CertPool]
-	// alive counts the goroutines that capture and that post Events.
-	alive sync.WaitGroup
-	// ready makes the readiness probe succeed. The watch calls it with each event.
-	ready func()
-
-	// roomLock guards rooms: how many files a capture has room for, by its stem.
-	roomLock sync.Mutex
-	rooms    map[string]int
-
-	// queueLock guards each capture's told, and queues: the Events to post, by namespace. A namespace
-	// is in it while a goroutine posts them.
-	queueLock sync.Mutex
-	queues    map[string][]func()
-}
-
-func newAgent(cfg config) (a *agent, err error) {
-	a = &agent{config: cfg, start: start, rooms: map[string]int{}, queues: map[string][]func(){}}
-	if a.cgroups, err = newCgroups(cfg.proc); err != nil {
-		return nil, fmt.Errorf("can't see the host's processes; this needs hostPID, CAP_SYS_PTRACE and, "+
-			"with AppArmor, a profile that allows ptrace (Unconfined): %w", err)
-	}
-	// A container starts with fresh files: the folder is there only if another program has made it.
-	if err := os.Mkdir(filepath.Join(cfg.root, "captures"), 0o755); err != nil {
-		return nil, fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
-	}
+	a.limit = int(min((disk-logBytes)/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
+	a.diskFree = number("DISK_FREE", 15, 0, 99)
 	// It never connects through HTTPS_PROXY: Proxy is not set. Without ForceAttemptHTTP2 there would be
 	// no HTTP/2, whose pings detect a half-open connection. It buffers little that is not read yet.
 	a.api = &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
 			MaxReceiveBufferPerStream: 256 << 10}}
-	// The readiness probe only connects. ReadTimeout closes connections that others leave open.
-	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
-	a.ready = sync.OnceFunc(func() {
-		go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
-	})
-	return a, nil
+	return a, err
 }
+
+// answerProbe lets the readiness probe connect. ReadTimeout closes connections that others leave open.
+var answerProbe = sync.OnceFunc(func() {
+	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
+	go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
+})
 
 // run captures until ctx ends. Then all captures end at the same time and the last Events are posted.
 // It returns after 4.5 s at the latest, whatever a tcpdump or the API server does.
-func (a *agent) run(ctx context.Context) {
+func (a *agent) run(ctx context.Context) (err error) {
+	if a.cgroups, err = newCgroups(a.proc); err != nil {
+		return fmt.Errorf("can't see the host's processes; this needs hostPID, CAP_SYS_PTRACE and, "+
+			"with AppArmor, a profile that allows ptrace (Unconfined): %w", err)
+	}
+	// A container starts with fresh files: the folder is there only if another program has made it.
+	if err = os.Mkdir(filepath.Join(a.root, "captures"), 0o755); err != nil {
+		return fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
+	}
+
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 	ended, end := context.WithCancel(context.Background())
 	go func() {
@@ -232,6 +220,7 @@ func (a *agent) run(ctx context.Context) {
 	}()
 	<-ctx.Done()
 	sleep(ended, 4500*time.Millisecond)
+	return nil
 }
 
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
@@ -576,8 +565,9 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 	warn(s.standard == "any", "this pod has the host's network, so the files hold the node's traffic")
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
+	podName, _ := os.Hostname()
 	c.tell(kind, "CaptureStarted", "Capturing into %s* (N=%d, 1 MB each) in %s/%s; the interface is %s%s",
-		c.stem, c.spec.files, c.agent.podNamespace, c.agent.podName, s.device(c.spec), more)
+		c.stem, c.spec.files, readFile(c.agent.account+"/namespace"), podName, s.device(c.spec), more)
 }
 
 // ---- tcpdump: one run of it ----

@@ -129,9 +129,6 @@ func says(t testing.TB, err error, words string) {
 // The environment configures the program. All that is missing or wrong is named at once.
 func TestConfiguration(t *testing.T) {
 	const least = 64<<20 + 1_000_000 + 262_144 + 16 // the log, and one file
-	want := config{nodeName: "node-1", url: "https://[fd00::1]:443", proc: "/proc", root: "/",
-		account: "/var/run/secrets/kubernetes.io/serviceaccount"}
-	want.podName, _ = os.Hostname()
 	type environment map[string]string
 	for _, test := range []struct {
 		set      environment
@@ -149,10 +146,12 @@ func TestConfiguration(t *testing.T) {
 		all := environment{
 			"NODE_NAME": "node-1", "KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "443"}
 		maps.Copy(all, test.set)
-		got, err := readConfig(func(name string) string { return all[name] })
-		if want.limit, want.diskFree = test.limit, test.diskFree; test.limit > 0 {
+		a, err := newAgent(func(name string) string { return all[name] })
+		if test.limit > 0 {
 			must(t, err)
-			is(t, "configuration", got, want)
+			is(t, "configuration", []any{a.nodeName, a.url, a.account, a.proc, a.root, a.limit, a.diskFree},
+				[]any{"node-1", "https://[fd00::1]:443", "/var/run/secrets/kubernetes.io/serviceaccount",
+					"/proc", "/", test.limit, test.diskFree})
 			continue
 		}
 		for name, value := range test.set {
@@ -164,10 +163,9 @@ func TestConfiguration(t *testing.T) {
 // A program that can't do its work does not begin, and says what it lacks.
 func TestStart(t *testing.T) {
 	proc, root := newProc(t), t.TempDir()
-	begin := func(proc, root string) error {
-		_, err := newAgent(testConfig(t, proc, root))
-		return err
-	}
+	ctx, end := context.WithCancel(t.Context())
+	end()
+	begin := func(proc, root string) error { return testAgent(t, proc, root).run(ctx) }
 	must(t, begin(proc.dir, root))
 	says(t, begin(proc.dir, root), "another packetcapture runs here")
 	proc.regrow("/systemd")
@@ -740,7 +738,7 @@ func TestReusedPID(t *testing.T) {
 	now := g.find(web.pod, s)
 	is(t, "the network that is found", now.network, s.network)
 
-	c := &capture{agent: &agent{config: config{proc: proc.dir}}}
+	c := &capture{agent: &agent{proc: proc.dir}}
 	says(t, c.runTcpdump(t.Context(), s), "has ended")
 	is(t, "files that are open", len(openIn(proc.dir)), 0)
 	proc.end(50)
@@ -755,8 +753,9 @@ func TestEventIsPosted(t *testing.T) {
 		w.pass(time.Hour)
 		p := annotated{pod{"shop", "web", "0123456789", "89abcdef"}, spec{value: "3"}}
 		w.born(50, p)
+		podName, _ := os.Hostname()
 		message := "Capturing into " + w.root + "/capture-web.pcap* (N=3, 1 MB each) in " +
-			"kube-system/packetcapture-x; the interface is eth0"
+			"kube-system/" + podName + "; the interface is eth0"
 		name := fmt.Sprintf("packetcapture-%x-01234567", time.Date(2000, 1, 1, 1, 0, 0, 0, time.UTC).UnixNano())
 		is(t, "Events", w.api.posted(), []fields{{
 			"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": "shop", "name": name},
@@ -870,8 +869,7 @@ func TestConnection(t *testing.T) {
 	server.EnableHTTP2 = true
 	server.StartTLS()
 	defer server.Close()
-	a, err := newAgent(testConfig(t, newProc(t).dir, t.TempDir()))
-	must(t, err)
+	a := testAgent(t, "/none", "/none")
 	a.url = server.URL
 	get := func() error {
 		defer a.api.(*http.Transport).CloseIdleConnections()
@@ -886,9 +884,7 @@ func TestConnection(t *testing.T) {
 	is(t, "HTTP's versions", versions, []int{2, 2})
 
 	simulate(t, 0, func(w *world) {
-		fresh, err := newAgent(testConfig(w, w.proc.dir, w.TempDir()))
-		must(w, err)
-		transport := fresh.api.(*http.Transport)
+		transport := testAgent(w, "/none", "/none").api.(*http.Transport)
 		transport.DialTLSContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			ours, theirs := net.Pipe()
 			w.Cleanup(func() { theirs.Close() })

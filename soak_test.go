@@ -137,10 +137,8 @@ func (w *walker) boot() {
 	if w.end != nil {
 		return
 	}
-	cfg := testConfig(w, w.proc.dir, w.root)
-	cfg.account, cfg.limit = w.api.account, w.limit
-	a, err := newAgent(cfg)
-	must(w, err)
+	a := testAgent(w, w.proc.dir, w.root)
+	a.account, a.limit = w.api.account, w.limit
 	var hasEnded atomic.Bool
 	a.api = transport(func(r *http.Request) (*http.Response, error) {
 		if hasEnded.Load() {
@@ -153,7 +151,7 @@ func (w *walker) boot() {
 	ctx, end := context.WithCancel(context.Background())
 	w.end = end
 	w.program.Go(func() {
-		a.run(ctx)
+		must(w, a.run(ctx))
 		hasEnded.Store(true)
 	})
 }
@@ -558,15 +556,12 @@ func (answers transport) RoundTrip(r *http.Request) (*http.Response, error) { re
 
 // fuzzed is a node without pods, on which tcpdump does nothing.
 func fuzzed(t testing.TB, server transport) *podWatch {
-	cfg := testConfig(t, newProc(t).dir, t.TempDir())
-	cfg.limit = 100
-	a, err := newAgent(cfg)
-	must(t, err)
-	a.api, a.ready = server, func() {}
+	a := testAgent(t, newProc(t).dir, t.TempDir())
+	a.limit, a.api, a.ready = 100, server, func() {}
 	a.start = func(context.Context, *os.File, ...string) (*process, error) {
 		return &process{stderr: strings.NewReader(""), wait: func() error { return nil }}, nil
 	}
-	return newPodWatch(a)
+	return newPodWatch(t, a)
 }
 
 // FuzzAnnotations: accepted is a plain number, a line of text and a name. A refusal is a bounded line of text.

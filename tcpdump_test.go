@@ -57,10 +57,9 @@ func newRealNode(t *testing.T, diskFree int64) *realNode {
 
 	n := &realNode{T: t, api: newFakeAPI(t), proc: t.TempDir(), root: t.TempDir()}
 	n.bash(`mkdir -p $0/1/root/sys/fs/cgroup/kubepods; ln -s /proc/self/ns $0/1`, n.proc)
-	a, err := newAgent(config{nodeName: "node-1", url: "https://127.0.0.1:1", account: n.api.account,
-		proc: n.proc, root: n.root, limit: 1 << 20, diskFree: diskFree})
-	must(t, err)
-	a.api, n.podWatch = n.api, newPodWatch(a)
+	a := testAgent(t, n.proc, n.root)
+	a.account, a.limit, a.diskFree, a.api = n.api.account, 1<<20, diskFree, n.api
+	n.podWatch = newPodWatch(t, a)
 	ctx, stop := context.WithCancel(context.Background())
 	n.ctx = ctx
 	// At the end no process and no file may be left, and no Warning that nobody has waited for.
