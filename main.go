@@ -172,8 +172,7 @@ func newAgent(getenv func(string) string) (a *agent, err error) {
 		value := cmp.Or(getenv(name), fmt.Sprint(standard))
 		n, parseErr := strconv.ParseInt(value, 10, 64)
 		if parseErr != nil || n < least || n > most {
-			err = errors.Join(err, fmt.Errorf("%s is %q: it must be a number from %d to %d",
-				name, cut(value), least, most))
+			err = errors.Join(err, fmt.Errorf("%s is %q: use %d to %d", name, value, least, most))
 		}
 		return n
 	}
