@@ -78,8 +78,6 @@ const (
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
-	// maxFilter is in bytes. The watch waits while one is compiled: up to 0.15 s, but 9 s for 4,096 bytes.
-	maxFilter = 1024
 
 	// birthPoll is how often a capture at first looks for its pod's network (namespace), which is there
 	// about 100 ms before the first container starts.
@@ -350,11 +348,12 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
 		return
 	}
-	switch refusal := c.refusal(ctx, asked); {
+	switch key, value, accepted := c.check(ctx, asked); {
 	case ctx.Err() != nil:
 		// The program ends, which may have interrupted the check of the filter.
-	case refusal != "":
-		c.tell("Warning", "CaptureInvalid", "%s; it changes nothing", refusal)
+	case accepted != "":
+		c.tell("Warning", "CaptureInvalid", "the annotation %s is %q: it must be %s; it changes nothing",
+			key, cut(value), accepted)
 	default:
 		c.stop(errReplaced)
 		ctx, c.stop = context.WithCancelCause(ctx)
@@ -370,41 +369,37 @@ func (w *podWatch) forget(uid string) {
 	delete(w.captures, uid)
 }
 
-// refusal says why annotations are invalid, and what is accepted. If they are valid, it returns "", and
-// has enlarged the room of a capture that has room and needs more.
-func (c *capture) refusal(ctx context.Context, asked spec) string {
-	refuse := func(key, value, accepted string) string {
-		return fmt.Sprintf("the annotation %s is %q: it must be %s", key, cut(value), accepted)
-	}
+// check returns an invalid annotation's key and value, and what is accepted. If all are valid, that is
+// "", and check has enlarged the room of a capture that has room and needs more.
+func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted string) {
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	switch {
 	case n < 1 || n > limit || asked.value != strconv.Itoa(n): // tcpdump takes "5abc" for 5
-		return refuse(annotation, asked.value, fmt.Sprintf(
-			"the number of files to rotate through, a plain decimal number from 1 to %d", limit))
+		return annotation, asked.value, fmt.Sprint("a plain decimal number of files, from 1 to ", limit)
 	case len(iface) > 15 || strings.HasPrefix(iface, "-") || strings.Trim(iface, interfaceChars) != "":
-		return refuse(interfaceAnnotation, iface, "the name of a network interface, or any, "+
-			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -")
-	case len(filter) > maxFilter || strings.TrimFunc(filter, unicode.IsPrint) != "":
-		return refuse(filterAnnotation, filter, fmt.Sprintf(
-			"a pcap filter expression, a line of printable text of at most %d bytes", maxFilter))
+		return interfaceAnnotation, iface, "the name of a network interface, or any, " +
+			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -"
+	// The watch waits while a filter is compiled: up to 0.15 s, but 9 s for one of 4,096 bytes.
+	case len(filter) > 1024 || strings.TrimFunc(filter, unicode.IsPrint) != "":
+		return filterAnnotation, filter, "a pcap filter, a line of printable text of at most 1024 bytes"
 	case filter != "":
 		if err := c.compile(ctx, asked); err != nil {
-			return refuse(filterAnnotation, filter,
-				"a pcap filter expression, in which hosts and ports are numbers; "+err.Error())
+			return filterAnnotation, filter, "a pcap filter with numeric hosts and ports; " + err.Error()
 		}
 	}
 
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
-	switch free := c.free(); {
-	case c.stem == "": // it will wait for its room
-	case n > free:
-		return refuse(annotation, asked.value, fmt.Sprintf(
-			"at most %d now, because other captures have the rest of this node's %d files", free, limit))
-	default: // reserved now, or the capture might stop only to wait for room
-		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
+	if c.stem == "" {
+		return "", "", "" // it will wait for its room
 	}
-	return ""
+	if free := c.free(); n > free {
+		return annotation, asked.value, fmt.Sprintf(
+			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
+	}
+	// Reserved now, or the capture might stop only to wait for room.
+	c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
+	return "", "", ""
 }
 
 // compile lets tcpdump compile a filter and returns its error. tcpdump runs in an empty network

@@ -346,24 +346,23 @@ func TestTrouble(t *testing.T) {
 
 // An invalid annotation starts and stops nothing. One Event says what was read, and what is accepted.
 func TestMistakes(t *testing.T) {
-	const many = invalid + `: the annotation tcpdump.antrea.io is "many": it must be the number of files ` +
-		"to rotate through, a plain decimal number from 1 to 5; it changes nothing"
-	const refused = invalid + `: /filter is "refused": it must be a pcap filter expression, in which hosts ` +
-		"and ports are numbers; tcpdump: can't parse filter expression: syntax error; " +
-		"it changes nothing"
+	const many = invalid + `: the annotation tcpdump.antrea.io is "many": it must be a plain decimal number ` +
+		"of files, from 1 to 5; it changes nothing"
+	const refused = invalid + `: /filter is "refused": it must be a pcap filter with numeric hosts ` +
+		"and ports; tcpdump: can't parse filter expression: syntax error; it changes nothing"
 	simulate(t, 5, func(w *world) {
 		w.proc.pod(50, web.uid)
 		w.change(web.of("many"), nil, many)
 		w.change(web.of("many").filtered("udp"), nil)
 		w.change(web.of(""), nil)
 		w.change(web.of("many"), nil, many)
-		w.change(web.of("6"), nil, invalid+`: is "6": it must be the number of files`)
+		w.change(web.of("6"), nil, invalid+`: is "6": it must be a plain decimal number`)
 		two, running := web.of("2"), files{"web": 2}
 		w.change(two, running, started)
 		w.change(two.filtered("refused"), running, refused)
 		w.change(two.filtered("refused"), running) // something else has changed
 		w.change(two.filtered("a\nb"), running,
-			invalid+`: /filter is "a\nb": it must be a pcap filter expression, a line`)
+			invalid+`: /filter is "a\nb": it must be a pcap filter, a line`)
 		w.change(two.on("a/b"), running, invalid+`: /interface is "a/b": it must be the name of a network`)
 		w.change(two, running, continued)
 		w.change(two.filtered("refused"), running, refused)

@@ -582,10 +582,11 @@ func FuzzAnnotations(f *testing.F) {
 			var e event
 			e.Object.Metadata.Annotations = map[string]string{annotation: "5", name: text}
 			p, asked := e.pod()
-			refusal := (&capture{agent: w.agent, pod: p}).refusal(t.Context(), asked)
-			isText := len(refusal) <= 1000 && utf8.ValidString(refusal) && !strings.ContainsFunc(refusal, isControl)
-			if (refusal == "") != isValid || !isText {
-				t.Errorf("%s=%q is valid: %v; refused with %q", name, text, isValid, refusal)
+			key, value, accepted := (&capture{agent: w.agent, pod: p}).check(t.Context(), asked)
+			told := fmt.Sprintf("%s %q %s", key, cut(value), accepted) // as apply tells it
+			isText := len(told) <= 1000 && utf8.ValidString(told) && !strings.ContainsFunc(told, isControl)
+			if (accepted == "") != isValid || !isText {
+				t.Errorf("%s=%q is valid: %v; refused with %q", name, text, isValid, told)
 			}
 		}
 	})

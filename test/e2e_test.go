@@ -407,7 +407,7 @@ func (c *cluster) itself() {
 	c.must(annotate("=1"))
 	c.exact("1 " + name)
 	c.annotate("web", "=1", "/filter=host e2e.example.com")
-	c.told("web", "CaptureInvalid", `"host e2e.example.com"`, "hosts and ports are numbers")
+	c.told("web", "CaptureInvalid", `"host e2e.example.com"`, "numeric hosts and ports")
 	c.holds(name+".pcap", ".8080: Flags [S]") // a probe, which came later
 	if got := c.read(name+".pcap", "port", "53"); strings.Contains(got, "example") || strings.Contains(got, ".53: ") {
 		c.Errorf("a name in a filter was looked up: %s", got)
