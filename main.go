@@ -146,7 +146,7 @@ type agent struct {
 	ready func()
 	// roots is the last CA bundle that could be read.
 	roots atomic.Pointer[x509.CertPool]
-	// alive counts the goroutines that capture and that post Events.
+	// alive counts the goroutines that follow, that capture and that post Events.
 	alive sync.WaitGroup
 
 	// roomLock guards rooms: how many files a capture has room for, by its stem.
@@ -209,14 +209,12 @@ func (a *agent) run(ctx context.Context) (err error) {
 	}
 
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
-	ended, end := context.WithCancel(context.Background())
-	go func() {
-		w.follow(ctx)
-		a.alive.Wait()
-		end()
-	}()
+	a.alive.Go(func() { w.follow(ctx) })
 	<-ctx.Done()
-	sleep(ended, 4500*time.Millisecond)
+
+	ended, end := context.WithTimeout(context.Background(), 4500*time.Millisecond)
+	go func() { a.alive.Wait(); end() }()
+	<-ended.Done()
 	return nil
 }
 
