@@ -183,10 +183,9 @@ func newAgent(getenv func(string) string) (a *agent, err error) {
 	a.limit = int(min((disk-logBytes)/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
 	a.diskFree = number("DISK_FREE", 15, 0, 99)
 	// It never connects through HTTPS_PROXY: Proxy is not set. Without ForceAttemptHTTP2 there would be
-	// no HTTP/2, whose pings detect a half-open connection. It buffers little that is not read yet.
+	// no HTTP/2, whose pings end a half-open connection in 45 s. It buffers little that is not read yet.
 	a.api = &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second,
-			MaxReceiveBufferPerStream: 256 << 10}}
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, MaxReceiveBufferPerStream: 256 << 10}}
 	return a, err
 }
 
