@@ -199,8 +199,7 @@ var answerProbe = sync.OnceFunc(func() {
 // It returns after 4.5 s at the latest, whatever a tcpdump or the API server does.
 func (a *agent) run(ctx context.Context) (err error) {
 	if a.cgroups, err = newCgroups(a.proc); err != nil {
-		return fmt.Errorf("can't see the host's processes; this needs hostPID, CAP_SYS_PTRACE and, "+
-			"with AppArmor, a profile that allows ptrace (Unconfined): %w", err)
+		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, Unconfined: %w", err)
 	}
 	// A container starts with fresh files: the folder is there only if another program has made it.
 	if err = os.Mkdir(filepath.Join(a.root, "captures"), 0o755); err != nil {

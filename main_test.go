@@ -172,8 +172,8 @@ func TestStart(t *testing.T) {
 	proc.make("/user.slice")
 	says(t, begin(proc.dir, t.TempDir()), "no cgroup kubepods is in "+proc.dir+
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
-	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, a profile "+
-		"that allows ptrace (Unconfined): no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
+	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, "+
+		"Unconfined: no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
 	says(t, run(t.Context(), []string{"help"}), `can't run ["help"]: use cat or live with <namespace>/<pod>`)
 	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
 	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
