@@ -84,8 +84,6 @@ const (
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
-	// ringDelay is how long tcpdump, which reads its ring once a second, runs on after its pod's end.
-	ringDelay = 3 * time.Second
 	// termGrace passes between a tcpdump's SIGTERM and its SIGKILL.
 	termGrace = 2 * time.Second
 	// eventTime is how long an Event is retried. eventQueue is how many Events may wait per namespace.
@@ -622,7 +620,8 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 			stop(errFull)
 		case now == s.network:
 			hadNetwork = time.Now()
-		case now != "", time.Since(hadNetwork) >= ringDelay:
+		// By then tcpdump, which reads its ring once a second, has read the pod's last packets.
+		case now != "", time.Since(hadNetwork) >= 3*time.Second:
 			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
