@@ -79,8 +79,7 @@ const (
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
 
-	// birthPoll is how often a capture at first looks for its pod's network (namespace), which is there
-	// about 100 ms before the first container starts.
+	// birthPoll is a part of the 100 ms or so from a pod's network (namespace) to its first container.
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
@@ -151,8 +150,7 @@ type agent struct {
 	roomLock sync.Mutex
 	rooms    map[string]int
 
-	// queueLock guards each capture's told, and queues: the Events to post, by namespace. A namespace
-	// is in it while a goroutine posts them.
+	// queueLock guards each capture's told, and queues: the Events to post, by namespace.
 	queueLock sync.Mutex
 	queues    map[string][]func()
 }
