@@ -331,12 +331,10 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c = &capture{agent: w.agent, pod: p, stop: func(error) {}, turn: make(chan struct{}, 1)}
 		w.captures[p.uid] = c
 	}
-	if c.last == asked {
+	if asked == c.last {
 		return
 	}
-	c.last = asked
-
-	if asked == c.valid {
+	if c.last = asked; asked == c.valid {
 		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
 		return
 	}
