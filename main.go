@@ -569,13 +569,10 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 		arguments = append(arguments, "--", c.spec.filter)
 	}
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
-	if err != nil {
-		return fmt.Errorf("the pod's network can't be opened: %w", err)
-	}
 	// The PID may be another pod's by now, so the name of what was opened is compared.
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
 		network.Close()
-		return errors.New("the pod's network can't be opened: the process it was found through has ended")
+		return fmt.Errorf("the pod's network can't be opened: %w", cmp.Or(err, errors.New("it has ended")))
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
