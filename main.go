@@ -561,13 +561,10 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 // -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet as
 // it arrives. -Z root keeps the right to create files in /, which the user tcpdump does not have. -p
 // turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
-// tcpdump that is held up loses nothing (see make measure). After -- a filter can't be an option.
+// held-up tcpdump loses nothing (see make measure). After -- a filter, maybe "", can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
-	arguments := []string{"-C", "1", "-W", c.spec.value, "-w", c.stem,
-		"-U", "-Z", "root", "-p", "-i", s.device(c.spec), "-B", "4096"}
-	if c.spec.filter != "" {
-		arguments = append(arguments, "--", c.spec.filter)
-	}
+	arguments := []string{"-C", "1", "-W", c.spec.value, "-w", c.stem, "-U", "-Z", "root", "-p",
+		"-i", s.device(c.spec), "-B", "4096", "--", c.spec.filter}
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
 	// The PID may be another pod's by now, so the name of what was opened is compared.
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {

@@ -533,9 +533,8 @@ func TestArguments(t *testing.T) {
 			}
 			w.after(0, files{"web": 3}, test.told)
 			want := []string{"-C", "1", "-W", "3", "-w", w.root + "/capture-web.pcap",
-				"-U", "-Z", "root", "-p", "-i", test.device, "-B", "4096"}
+				"-U", "-Z", "root", "-p", "-i", test.device, "-B", "4096", "--", test.filter}
 			if test.filter != "" {
-				want = append(want, "--", test.filter)
 				is(t, "link type", w.kids.links, []string{test.link})
 			}
 			is(t, "arguments", w.kids.last().arguments, want)
