@@ -220,14 +220,15 @@ var (
 	errStatus = exec.Command("sh", "-c", "exit 1").Run()
 )
 
-func (k *children) start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
+func (k *children) start(ctx context.Context, network *os.File, arguments ...string) *process {
 	defer lock(&k.mu)()
 	if network == nil {
 		return k.compiler(ctx, arguments)
 	}
 	k.attempts = append(k.attempts, fakeRequest{at: time.Now()})
 	if k.next.refusal != nil {
-		return nil, k.next.refusal
+		refusal := k.next.refusal
+		return &process{stderr: strings.NewReader(""), wait: func() error { return refusal }}
 	}
 	c := &fakeChild{behaviour: k.next, pid: 100_000 + len(k.all), arguments: arguments,
 		network: filepath.Dir(readLink(network.Name())), quit: make(chan struct{})}
@@ -245,11 +246,11 @@ func (k *children) start(ctx context.Context, network *os.File, arguments ...str
 	net := strings.TrimPrefix(filepath.Base(c.network), "net-")
 	k.proc.add(fakeProcess{pid: c.pid, net: net, root: "packetcapture"})
 	k.all = append(k.all, c)
-	return begin(c.pid, func(stderr io.Writer) error { return k.live(ctx, c, stderr) }), nil
+	return begin(c.pid, func(stderr io.Writer) error { return k.live(ctx, c, stderr) })
 }
 
 // compiler is tcpdump -y <link type> -d -- <filter>.
-func (k *children) compiler(ctx context.Context, arguments []string) (*process, error) {
+func (k *children) compiler(ctx context.Context, arguments []string) *process {
 	takes, filter := k.next.compile, arguments[len(arguments)-1]
 	k.compiled, k.links = append(k.compiled, filter), append(k.links, arguments[1])
 	return begin(1, func(stderr io.Writer) error {
@@ -258,7 +259,7 @@ func (k *children) compiler(ctx context.Context, arguments []string) (*process, 
 		}
 		io.WriteString(stderr, "tcpdump: can't parse filter expression: syntax error\n")
 		return errStatus
-	}), nil
+	})
 }
 
 // begin has a child live. Its stderr ends when it does.

@@ -138,7 +138,7 @@ type agent struct {
 	// api sends requests to the API server, start starts tcpdump, and ready makes the readiness probe
 	// succeed: the watch calls it with each event. Tests replace these.
 	api   http.RoundTripper
-	start func(ctx context.Context, network *os.File, arguments ...string) (*process, error)
+	start func(ctx context.Context, network *os.File, arguments ...string) *process
 	ready func()
 	// roots is the last CA bundle that could be read.
 	roots atomic.Pointer[x509.CertPool]
@@ -396,10 +396,7 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 func (c *capture) compile(ctx context.Context, asked spec) error {
 	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked)
 	link := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
-	tcpdump, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter)
-	if err == nil {
-		_, err = tcpdump.read(func(string) {})
-	}
+	_, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter).read(func(string) {})
 	return err
 }
 
@@ -573,11 +570,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	tcpdump, err := c.agent.start(running, network, arguments...)
+	tcpdump := c.agent.start(running, network, arguments...)
 	network.Close() // or it would keep the pod's interface alive
-	if err != nil {
-		return fmt.Errorf("tcpdump can't be started: %w", err)
-	}
 
 	since := map[bool]string{true: " since tcpdump started over"}[c.captured]
 	go c.oversee(running, stop, s, tcpdump.pid)
@@ -592,7 +586,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 		c.counts = counts + since
 	}
 	status := cmp.Or(err, errors.New("exit status 0"))
-	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump ended by itself (%v)", status))
+	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump failed (%v)", status))
 }
 
 // oversee stops a running tcpdump if the disk is full, or if the pod's network has gone or changed.
@@ -625,7 +619,8 @@ type process struct {
 
 // start starts tcpdump in a network, or in a new, empty one if network is nil. nsenter replaces itself
 // with tcpdump, so pid is tcpdump's. When ctx ends, tcpdump gets SIGTERM, and after termGrace SIGKILL.
-func start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
+// If tcpdump can't be started, stderr is empty and wait says why.
+func start(ctx context.Context, network *os.File, arguments ...string) *process {
 	enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
 	cmd.ExtraFiles, cmd.Stdout = []*os.File{network}, os.Stdout
@@ -640,9 +635,9 @@ func start(ctx context.Context, network *os.File, arguments ...string) (*process
 		err = cmd.Start()
 	}
 	if err != nil {
-		return nil, err
+		return &process{stderr: strings.NewReader(""), wait: func() error { return err }}
 	}
-	return &process{strconv.Itoa(cmd.Process.Pid), stderr, cmd.Wait}, nil
+	return &process{strconv.Itoa(cmd.Process.Pid), stderr, cmd.Wait}
 }
 
 // read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
@@ -1133,11 +1128,9 @@ func live(ctx context.Context, root, name string) error {
 		stop(nil)
 	}()
 
-	tcpdump, err := start(running, network, append([]string{"--immediate-mode", "-w", "-"}, options...)...)
-	if err == nil {
-		io.Copy(os.Stderr, tcpdump.stderr) // it says how many packets were dropped
-		err = tcpdump.wait()
-	}
+	tcpdump := start(running, network, append([]string{"--immediate-mode", "-w", "-"}, options...)...)
+	io.Copy(os.Stderr, tcpdump.stderr) // it says how many packets were dropped
+	err = tcpdump.wait()
 	if cause := context.Cause(running); ctx.Err() == nil && cause != context.Canceled {
 		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", cmp.Or(err, errors.New("exit status 0"))))
 	}

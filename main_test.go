@@ -490,8 +490,8 @@ func TestRestarts(t *testing.T) {
 		w.kids.last().exit("", errKilled)
 		tries := []fakeRequest{{at: time.Now()}}
 		w.pass(time.Hour)
-		w.told(failed+": ended by itself (signal: killed); it is tried again, after pauses that grow to 5 minutes",
-			failed+": tcpdump can't be started: resource temporarily unavailable; it is tried again")
+		w.told(failed+": tcpdump failed (signal: killed); it is tried again, after pauses that grow to 5 minutes",
+			failed+": tcpdump failed (resource temporarily unavailable); it is tried again")
 		tries = append(tries, w.kids.attempts[2:]...)
 		is(t, "it is started again and again", len(tries) > 16, true)
 		checkBackoff(t, tries, 200*time.Millisecond, 5*time.Minute, 0)

@@ -189,7 +189,7 @@ func (w *walker) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // start stands in for the function of that name, and looks at what must hold at any time.
-func (w *walker) start(ctx context.Context, network *os.File, arguments ...string) (*process, error) {
+func (w *walker) start(ctx context.Context, network *os.File, arguments ...string) *process {
 	defer w.living()
 	return w.kids.start(ctx, network, arguments...)
 }
@@ -558,8 +558,8 @@ func (answers transport) RoundTrip(r *http.Request) (*http.Response, error) { re
 func fuzzed(t testing.TB, server transport) *podWatch {
 	a := testAgent(t, newProc(t).dir, t.TempDir())
 	a.limit, a.api, a.ready = 100, server, func() {}
-	a.start = func(context.Context, *os.File, ...string) (*process, error) {
-		return &process{stderr: strings.NewReader(""), wait: func() error { return nil }}, nil
+	a.start = func(context.Context, *os.File, ...string) *process {
+		return &process{stderr: strings.NewReader(""), wait: func() error { return nil }}
 	}
 	return newPodWatch(t, a)
 }
