@@ -431,6 +431,7 @@ type capture struct {
 func (c *capture) run(ctx context.Context, asked spec) {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
+	defer c.clear(ctx)
 	c.spec = asked
 
 	retry := tcpdumpBackoff
@@ -452,13 +453,6 @@ func (c *capture) run(ctx context.Context, asked spec) {
 				"Stopped: %s; the pod's new network is captured from now on", c.counts)
 		}
 	}
-
-	// A goroutine that is replaced leaves its room to the next one.
-	isReplaced := context.Cause(ctx) == errReplaced
-	if !isReplaced && !c.captured {
-		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
-	}
-	c.clear(isReplaced)
 }
 
 // await returns the pod's sandbox once nothing is missing for a capture, or when ctx ends. After
@@ -471,7 +465,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 		}
 		// Until it has captured something, a capture that waits holds no room.
 		if !c.captured {
-			c.clear(false)
+			c.clear(ctx)
 		}
 
 		waited := time.Since(began)
@@ -508,9 +502,10 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files of a tcpdump that has exited. Without keepRoom it also gives up the room, the
-// stem and the link.
-func (c *capture) clear(keepRoom bool) {
+// clear deletes the files of a tcpdump that has exited, and gives up the room, the stem and the link.
+// A goroutine that is replaced leaves these three to the next one.
+func (c *capture) clear(ctx context.Context) {
+	isReplaced := context.Cause(ctx) == errReplaced
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
 		if err := os.Remove(path); err != nil {
@@ -519,12 +514,14 @@ func (c *capture) clear(keepRoom bool) {
 	}
 	if c.captured {
 		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
+	} else if ctx.Err() != nil && !isReplaced {
+		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
 	c.captured = false
 
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
-	if c.stem != "" && !keepRoom {
+	if c.stem != "" && !isReplaced {
 		os.Remove(c.link)
 		delete(c.agent.rooms, c.stem)
 		c.stem = ""
