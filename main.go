@@ -434,8 +434,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 	defer c.clear(ctx)
 	c.spec = asked
 
-	retry := tcpdumpBackoff
-	for s := c.await(ctx); ctx.Err() == nil; s = c.await(ctx) {
+	for s, retry := c.await(ctx), tcpdumpBackoff; ctx.Err() == nil; s = c.await(ctx) {
 		began := time.Now()
 		err := c.runTcpdump(ctx, s)
 		// After a run of more than a minute the pauses begin small again.
@@ -449,8 +448,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
 		case now.network != "" && c.captured:
-			c.tell("Normal", "CaptureStopped",
-				"Stopped: %s; the pod's new network is captured from now on", c.counts)
+			c.tell("Normal", "CaptureStopped", "Stopped: %s; the pod's new network is captured now", c.counts)
 		}
 	}
 }
@@ -676,8 +674,7 @@ func (c *capture) takeRoom() (missing string) {
 	case a.isFull():
 		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
 	case n > free:
-		return fmt.Sprintf("room: N=%d is asked for, and %d of the %d files that this node may have "+
-			"are taken", n, a.limit-free, a.limit)
+		return fmt.Sprintf("room for N=%d: %d of this node's %d files are taken", n, a.limit-free, a.limit)
 	case c.stem == "":
 		link := filepath.Join(a.root, "captures", c.pod.namespace+"_"+c.pod.name)
 		stem := filepath.Join(a.root, "capture-"+c.pod.name+".pcap")

@@ -420,14 +420,14 @@ func TestFinishedPod(t *testing.T) {
 		w.finishes(web)
 		w.keptAfter(waitingTime-time.Second, started)
 		w.born(60, db.of("4"))
-		w.keptAfter(10*time.Minute, counted+gone, waiting+": room: N=4 is asked for, and 3 of the 5 files")
+		w.keptAfter(10*time.Minute, counted+gone, waiting+": room for N=4: 3 of this node's 5 files")
 		w.proc.joins(51, web.uid, "new")
 		w.after(time.Second, files{"web": 3}, again)
 		for i, net := range []string{"newer", "newest"} {
 			w.proc.end(51 + i)
 			w.proc.joins(52+i, web.uid, net)
 			w.after(time.Second, files{"web": 3},
-				counted+" since tcpdump started over; the pod's new network is captured from now on", again)
+				counted+" since tcpdump started over; the pod's new network is captured now", again)
 			is(t, "network", filepath.Base(w.kids.last().network), "net-"+net)
 		}
 
@@ -591,19 +591,19 @@ func TestRoom(t *testing.T) {
 		is(t, "when the link was made", now.ModTime(), link.ModTime()) // with the room, which was kept
 		running = files{"b": 3, "c": 1}
 		w.change(a.of("5").on("net1"), running, stopped, started, started, waiting+": the interface net1")
-		w.change(a.of("4"), running, waiting+": room: N=4")
+		w.change(a.of("4"), running, waiting+": room for N=4")
 		w.change(b.of(""), files{"a": 4, "c": 1}, stopped, started)
 
 		w.change(a.of("3"), files{"a": 3, "c": 1}, stopped, started)
 		w.change(c.of(""), files{"a": 3}, stopped)
-		w.change(c.of("4"), files{"a": 3}, waiting+": 3 of the 5 files")
+		w.change(c.of("4"), files{"a": 3}, waiting+": 3 of this node's 5 files")
 		running = files{"a": 3, "b": 1}
 		w.change(b.of("1"), running, started)
 		w.change(a.of("5"), running, invalid+
 			`: is "5": it must be at most 4 now, because other captures have the rest of this node's 5`)
 		w.change(a.of("3"), running, continued)
 		w.see(a.of("4")) // while its tcpdump stops, c asks for the last file
-		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of the 5 files")
+		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of this node's 5 files")
 		w.see(a.of("1"))
 		w.pass(600 * time.Millisecond) // c has looked, and a's tcpdump has not ended
 		is(w, "c's link", readLink(w.root+"/captures/default_c"), "")
