@@ -555,8 +555,6 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 // turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
 // held-up tcpdump loses nothing (see make measure). After -- a filter, maybe "", can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
-	arguments := []string{"-C", "1", "-W", c.spec.value, "-w", c.stem, "-U", "-Z", "root", "-p",
-		"-i", s.device(c.spec), "-B", "4096", "--", c.spec.filter}
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
 	// The PID may be another pod's by now, so the name of what was opened is compared.
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
@@ -565,7 +563,8 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	tcpdump := c.agent.start(running, network, arguments...)
+	tcpdump := c.agent.start(running, network, "-C", "1", "-W", c.spec.value, "-w", c.stem,
+		"-U", "-Z", "root", "-p", "-i", s.device(c.spec), "-B", "4096", "--", c.spec.filter)
 	network.Close() // or it would keep the pod's interface alive
 
 	since := map[bool]string{true: " since tcpdump started over"}[c.captured]
