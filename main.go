@@ -432,7 +432,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
 	defer c.clear(ctx)
-	c.spec = asked
+	c.spec, c.captured = asked, false
 
 	for s, retry := c.await(ctx), tcpdumpBackoff; ctx.Err() == nil; s = c.await(ctx) {
 		began := time.Now()
@@ -515,7 +515,6 @@ func (c *capture) clear(ctx context.Context) {
 	} else if ctx.Err() != nil && !isReplaced {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
-	c.captured = false
 
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
