@@ -406,13 +406,11 @@ func (c *capture) compile(ctx context.Context, asked spec) error {
 type capture struct {
 	agent *agent
 	pod   pod
-	// The watch uses these: the last annotations, the last valid ones, and what stops their goroutine,
-	// with errReplaced if another follows.
+	// The watch uses these: the last annotations, the last valid ones, and what stops their goroutine.
 	last, valid spec
 	stop        context.CancelCauseFunc
 
-	// turn lets one goroutine work at a time. One that was replaced before its turn does nothing. It is no
-	// mutex, because the fake time of tests would stand still while a goroutine waits for one.
+	// turn lets one goroutine work at a time. At a mutex, the fake time of tests would stand still.
 	turn chan struct{}
 	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
 	// counts is what the last tcpdump counted.
@@ -420,9 +418,8 @@ type capture struct {
 	captured bool
 	counts   string
 
-	// stem is the path of the files without their digits, "" while the capture has no room. It changes
-	// under roomLock, so that the watch can read it. link is the one in /captures to it. told is the last
-	// message, under queueLock.
+	// stem is the path of the files without their digits, "" without room. It changes under roomLock, so
+	// that the watch can read it. link, in /captures, leads to it. told is the last message.
 	stem, link, told string
 }
 
