@@ -552,7 +552,7 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 // held-up tcpdump loses nothing (see make measure). After -- a filter, maybe "", can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
-	// The PID may be another pod's by now, so the name of what was opened is compared.
+	// The PID may be another pod's by now, so the name of what was opened, if anything, is compared.
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
 		network.Close()
 		return fmt.Errorf("the pod's network can't be opened: %w", cmp.Or(err, errors.New("it has ended")))
@@ -703,8 +703,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// findFiles returns the paths of a capture's files, and their size in bytes. The files of web are never
-// those of web-2, or of a pod that is named web.pcap0.
+// findFiles returns a capture's files, and their size in bytes: for web none of a pod named web.pcap0.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
