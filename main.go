@@ -12,8 +12,8 @@
 //	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default: every packet
 //	tcpdump.antrea.io/interface="lo"         an interface, or any; default: eth0 (hostNetwork: any)
 //
-// Events on the pod say what happens, and /captures has a link for each captured pod, to its files.
-// Two commands in the container read a capture:
+// Events on the pod say what happens, and /captures has a link to each captured pod's files. Two
+// commands in the container read a capture:
 //
 //	packetcapture cat default/web    writes its files to stdout as one pcap
 //	packetcapture live default/web   writes its packets to stdout as they come, until stdin ends
@@ -73,13 +73,12 @@ const (
 	digits         = "0123456789"
 	interfaceChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-" + digits
 
-	// fileBytes is the largest size of a file. tcpdump begins the next file at 1,000,000 bytes (-C 1),
-	// but only checks before it writes a packet, which takes up to 262,144 bytes and a header of 16.
+	// fileBytes is the largest file: tcpdump checks -C 1 only before it writes a packet and its header.
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
 
-	// birthPoll is a part of the 100 ms or so from a pod's network (namespace) to its first container.
+	// birthPoll is short: a pod's first container starts about 100 ms after its network (namespace) is up.
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
@@ -107,7 +106,6 @@ func main() {
 	}
 }
 
-// run executes the command that the arguments name. Without arguments it runs the controller.
 func run(ctx context.Context, arguments []string) error {
 	switch {
 	case len(arguments) == 2 && arguments[0] == "cat":
@@ -177,8 +175,7 @@ func newAgent(getenv func(string) string) (a *agent, err error) {
 	disk := number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64)
 	a.limit = int(min((disk-logBytes)/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
 	a.diskFree = number("DISK_FREE", 15, 0, 99)
-	// It never connects through HTTPS_PROXY: Proxy is not set. Without ForceAttemptHTTP2 there would be
-	// no HTTP/2, whose pings end a half-open connection in 45 s. It buffers little that is not read yet.
+	// Without Proxy, HTTPS_PROXY is ignored. HTTP/2, whose pings end a half-open connection, must be forced.
 	a.api = &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, MaxReceiveBufferPerStream: 256 << 10}}
 	return a, err
@@ -190,8 +187,7 @@ var answerProbe = sync.OnceFunc(func() {
 	go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
 })
 
-// run captures until ctx ends. Then all captures end at the same time and the last Events are posted.
-// It returns after 4.5 s at the latest, whatever a tcpdump or the API server does.
+// run captures until ctx ends. Then all captures have 4.5 s to end, side by side, and to post Events.
 func (a *agent) run(ctx context.Context) (err error) {
 	if a.cgroups, err = newCgroups(a.proc); err != nil {
 		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, Unconfined: %w", err)
@@ -230,8 +226,7 @@ type podWatch struct {
 	agent *agent
 	// captures is by UID, because a pod that is recreated under the same name is another pod.
 	captures map[string]*capture
-	// version is the resourceVersion of the last event, or anyVersion. complaint is the last error, or ""
-	// when all is well, so that it is logged once. It has no digits: a port in it differs each time.
+	// version is the last resourceVersion. complaint, logged once, has no digits: a port in it may differ.
 	version, complaint string
 }
 
@@ -246,10 +241,9 @@ func (w *podWatch) follow(ctx context.Context) {
 		switch status, _ := err.(statusError); {
 		case status.Code == http.StatusGone && before != anyVersion ||
 			worked && err == io.EOF && w.version == before:
-			// The server has no history since that version. Or the watch ended without even a bookmark:
-			// after a restore of etcd the server may be behind that version.
+			// There is no history since that version. Or no bookmark came: a restored etcd may be behind it.
 			w.version = anyVersion
-		case worked && err == io.EOF: // at its time limit
+		case worked && err == io.EOF: // at its time limit: it watches again at once
 		case ctx.Err() == nil:
 			complaint := strings.Join(strings.FieldsFunc(err.Error(), unicode.IsDigit), "")
 			if complaint != w.complaint {
@@ -261,9 +255,8 @@ func (w *podWatch) follow(ctx context.Context) {
 	}
 }
 
-// watch applies events until the stream ends, with io.EOF at its time limit: 5 to 10 minutes at random,
-// so that the nodes' watches do not end together. It has worked if it brought a version or lasted a
-// second. So the pauses grow if a server closes its watches at once.
+// watch applies events until the stream ends, with io.EOF at its time limit: random, so that nodes do
+// not ask in step. It has worked if it brought a version or lasted a second; else the pauses grow.
 func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -287,9 +280,8 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	return w.version != before || time.Since(began) >= time.Second, err
 }
 
-// next applies one event of the watch. From anyVersion a watch begins with all pods as ADDED, in any
-// order. The first event of another type, at the latest a bookmark after a minute, ends this list. Then
-// the captures whose pods were not in it are stopped: those that are still in unseen.
+// next applies one event. From anyVersion a watch begins with all pods as ADDED, in any order. The
+// first other event, within a minute a bookmark, ends this list: captures still in unseen are stopped.
 func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*capture) error {
 	p, asked := e.pod()
 	version := e.Object.Metadata.ResourceVersion
@@ -391,8 +383,7 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 	return "", "", ""
 }
 
-// compile lets tcpdump compile a filter and returns its error. tcpdump runs in an empty network
-// namespace, where it can't look up names: a filter must not be able to send DNS queries.
+// compile returns tcpdump's error about a filter. Its network is empty: no filter may send DNS queries.
 func (c *capture) compile(ctx context.Context, asked spec) error {
 	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked)
 	link := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
@@ -410,10 +401,9 @@ type capture struct {
 	last, valid spec
 	stop        context.CancelCauseFunc
 
-	// turn lets one goroutine work at a time. At a mutex, the fake time of tests would stand still.
+	// turn lets one goroutine work at a time. A mutex would stop the fake time of tests while one waits.
 	turn chan struct{}
-	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
-	// counts is what the last tcpdump counted.
+	// The goroutine whose turn it is uses these. captured says that packets may be in the files.
 	spec     spec
 	captured bool
 	counts   string
@@ -434,7 +424,6 @@ func (c *capture) run(ctx context.Context, asked spec) {
 	for s, retry := c.await(ctx), tcpdumpBackoff; ctx.Err() == nil; s = c.await(ctx) {
 		began := time.Now()
 		err := c.runTcpdump(ctx, s)
-		// After a run of more than a minute the pauses begin small again.
 		if time.Since(began) > time.Minute {
 			retry = tcpdumpBackoff
 		}
@@ -450,8 +439,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 	}
 }
 
-// await returns the pod's sandbox once nothing is missing for a capture, or when ctx ends. After
-// waitingTime an Event names what is missing, and again if that changes.
+// await waits until nothing is missing for a capture, or ctx ends. An Event names what is missing.
 func (c *capture) await(ctx context.Context) (s sandbox) {
 	missing, named := "", ""
 	for began := time.Now(); ctx.Err() == nil; {
@@ -630,8 +618,7 @@ func start(ctx context.Context, network *os.File, arguments ...string) *process 
 	return &process{strconv.Itoa(cmd.Process.Pid), stderr, cmd.Wait}
 }
 
-// read reads tcpdump's stderr until tcpdump ends. When tcpdump begins to capture, it calls listening
-// with the first warning or "". It returns the counts and, if tcpdump failed, its complaint or status.
+// read reads stderr until tcpdump ends. When capturing begins, it calls listening with a warning or "".
 func (p *process) read(listening func(warning string)) (counts string, err error) {
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
@@ -694,8 +681,7 @@ func (c *capture) free() int {
 	return free
 }
 
-// isFull reports whether less of the disk is free than diskFree, or than one file takes. On a full disk
-// tcpdump would truncate its files without an error.
+// isFull reports whether too little disk is free. On a full disk tcpdump cuts files without an error.
 func (a *agent) isFull() bool {
 	var stat syscall.Statfs_t
 	err := syscall.Statfs(a.root, &stat)
@@ -703,7 +689,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// findFiles returns a capture's files, and their size in bytes: for web none of a pod named web.pcap0.
+// findFiles returns a capture's files and their bytes: of a pod web, not of one that is named web.pcap0.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
@@ -721,8 +707,7 @@ func findFiles(stem string) (paths []string, size int64) {
 
 // cgroups is the kernel's tree of cgroups. It shows whether a pod is on the node, and its processes.
 type cgroups struct {
-	// hostNet is the network of the host's first process. tree is the root of the cgroups, with cgroup
-	// v1 that of one hierarchy. classes are the parents of the pods' cgroups, one for each QoS class.
+	// tree is the root of the cgroups (v1: of one hierarchy). classes, one per QoS class, hold the pods.
 	proc, hostNet, tree string
 	classes             []string
 	// mu guards strays: the cgroups in system.slice when last listed. A pod's containers may be there.
@@ -742,9 +727,8 @@ type sandbox struct {
 
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
-// newCgroups finds the cgroup kubepods, which is a level deeper in kind. cgroup v1 has one in each
-// hierarchy; those of systemd and pids have the fewest files to walk through. If hostNet can't be read,
-// the cgroups can't either.
+// newCgroups finds the cgroup kubepods, in kind a level deeper. cgroup v1 has one in each hierarchy;
+// systemd and pids have the fewest files. If hostNet can't be read, the cgroups can't either.
 func newCgroups(proc string) (*cgroups, error) {
 	hostNet, _ := os.Readlink(proc + "/1/ns/net")
 	root := proc + "/1/root/sys/fs/cgroup"
@@ -767,9 +751,8 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: that of last while process last.pid, the pod's or tcpdump's, is in it,
-// else that of the pod's oldest process, since containers may create others. It is empty without a
-// network or a cgroup, which the kubelet removes 1 to 2 s after the last container's end.
+// find returns a pod's network: last's while last.pid is in it, else its oldest process's: containers
+// may create others. It is empty without a cgroup, which goes 1 to 2 s after the last container's end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -885,8 +868,7 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	}
 }
 
-// postAll posts a namespace's Events in order. A namespace with a slow webhook delays only its own. The
-// Event that is being posted stays the first of the queue, so that tell starts no second goroutine.
+// postAll posts a namespace's Events. Each stays queued while posted: tell starts no second postAll.
 func (a *agent) postAll(namespace string) {
 	a.queueLock.Lock()
 	defer a.queueLock.Unlock()
@@ -906,7 +888,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 	// Event times are in whole seconds. kubectl lists Events of the same second by name, thus in order.
 	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
-	body, _ := json.Marshal(fields{ // strings never fail
+	body, _ := json.Marshal(fields{ // strings always encode
 		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": p.namespace, "name": name},
 		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod",
 			"namespace": p.namespace, "name": p.name, "uid": p.kubeletUID},
@@ -951,8 +933,7 @@ type event struct {
 func (e *event) pod() (p pod, asked spec) {
 	m := &e.Object.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup is named after a hash of its manifest. Users may create pods that claim one,
-	// so it must not be a path, nor another pod's UID, which has dashes.
+	// A static pod's cgroup bears this hash. Users can set it: no path and no UID (with dashes) may pass.
 	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, "abcdef"+digits) == "" {
 		p.kubeletUID = cmp.Or(hash, m.UID)
 	}
@@ -977,8 +958,7 @@ func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, er
 	return dialer.DialContext(ctx, network, address)
 }
 
-// do sends a request and returns the body of the answer, which the caller closes. An answer other than
-// 2xx is a statusError. The token is read each time, because it is replaced every hour.
+// do sends a request and returns the answer's body, which the caller closes. The token changes hourly.
 func (a *agent) do(ctx context.Context, verb, path, as, body string) (io.ReadCloser, error) {
 	token, tokenErr := os.ReadFile(a.account + "/token")
 	request, err := http.NewRequestWithContext(ctx, verb, a.url+path, strings.NewReader(body))
@@ -1032,12 +1012,10 @@ func findCapture(root, name string) (stem string, err error) {
 }
 
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
-// A file's head is its header and its first packet's. If it changes, the file is being overwritten.
 const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
-// cat writes the files of a capture as one pcap, the oldest one first. A file whose head changes
-// meanwhile is being overwritten, and is left out. It prints to stderr how much it wrote, because
-// kubectl exec may cut the output to a slow reader and still exit with 0.
+// cat writes a capture's files as one pcap, the oldest first. It leaves out a file whose head changes:
+// it is being overwritten. stderr gets the sums, as kubectl exec may cut the output and exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
@@ -1062,7 +1040,7 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 			continue
 		}
 		if min(len(data), len(heads[path])) < pcapHeader {
-			continue // it had just been begun
+			continue // it is so new that it has no header
 		}
 		count, end := countPackets(data)
 		n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
@@ -1170,8 +1148,7 @@ func cut(text string) string {
 
 func readFile(path string) string { return readStart(path, math.MaxInt64) }
 
-// readStart returns a file's first bytes, or "" if it can't be read, as when its process has ended.
-// os.Open would make twice as many system calls, since it registers the file with Go's poller.
+// readStart returns a file's first bytes or "". os.Open would double the system calls, for Go's poller.
 func readStart(path string, size int64) string {
 	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
