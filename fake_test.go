@@ -161,8 +161,10 @@ func (p *fakeProc) end(pid int) {
 // gone removes the cgroup of a pod, and ends what is in it.
 func (p *fakeProc) gone(uid string) {
 	folder := p.tree(filepath.Dir(cgroupOf(uid)))
-	for _, pid := range processesIn(cgroupsIn(folder)...) {
-		must(p, os.RemoveAll(filepath.Join(p.dir, pid)))
+	for _, cgroup := range cgroupsIn(folder) {
+		for pid := range strings.FieldsSeq(readFile(cgroup + "/cgroup.procs")) {
+			must(p, os.RemoveAll(filepath.Join(p.dir, pid)))
+		}
 	}
 	must(p, os.RemoveAll(folder))
 }

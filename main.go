@@ -727,8 +727,8 @@ type sandbox struct {
 
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
-// newCgroups finds the cgroup kubepods, in kind a level deeper. cgroup v1 has one in each hierarchy;
-// systemd and pids have the fewest files. If hostNet can't be read, the cgroups can't either.
+// newCgroups finds the cgroup kubepods, a level deeper in kind. Of cgroup v1's hierarchies, systemd and
+// pids have the fewest files to walk through. If hostNet can't be read, the cgroups can't either.
 func newCgroups(proc string) (*cgroups, error) {
 	hostNet, _ := os.Readlink(proc + "/1/ns/net")
 	root := proc + "/1/root/sys/fs/cgroup"
@@ -766,12 +766,16 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	if now, inPod := g.sandboxOf(last.pid); inPod && now.network == last.network {
 		return now
 	}
-	pids := processesIn(all...)
-	if len(pids) == 0 {
-		pids = processesIn(g.straysOf("/" + filepath.Base(all[0]) + ":")...)
+
+	if len(all) == 1 { // no container's cgroup is below the pod's
+		all = append(all, g.straysOf("/"+filepath.Base(all[0])+":")...)
+	}
+	pids := ""
+	for _, cgroup := range all {
+		pids += readFile(cgroup + "/cgroup.procs")
 	}
 	oldest := uint64(math.MaxUint64)
-	for _, pid := range pids {
+	for pid := range strings.FieldsSeq(pids) {
 		// Field 22 of its stat is its start, in clock ticks. Field 2, a command, ends at the last ")".
 		stat := readFile(filepath.Join(g.proc, pid, "stat"))
 		fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
@@ -807,13 +811,6 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	root, err := os.Stat(dir + "/root")
 	hostRoot, hostErr := os.Stat(g.proc + "/1/root")
 	return s, err == nil && hostErr == nil && !os.SameFile(root, hostRoot)
-}
-
-func processesIn(cgroups ...string) (pids []string) {
-	for _, cgroup := range cgroups {
-		pids = append(pids, strings.Fields(readFile(cgroup+"/cgroup.procs"))...)
-	}
-	return pids
 }
 
 // straysOf returns the cgroups of a pod's containers outside its own. They exist if only the kubelet
@@ -855,11 +852,10 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 		return
 	}
 	c.told = message
-	log := slog.With("namespace", namespace, "pod", c.pod.name)
-	level := map[string]slog.Level{"Normal": slog.LevelInfo, "Warning": slog.LevelWarn}[kind]
-	log.Log(context.Background(), level, reason, "message", message)
+	log := map[string]func(string, ...any){"Normal": slog.Info, "Warning": slog.Warn}[kind]
+	log(reason, "namespace", namespace, "pod", c.pod.name, "message", message)
 	if len(a.queues[namespace]) > eventQueue {
-		log.Warn("an Event is lost: too many are waiting")
+		slog.Warn("an Event is lost: too many are waiting", "namespace", namespace, "pod", c.pod.name)
 		return
 	}
 	a.queues[namespace] = append(a.queues[namespace], func() { c.post(kind, reason, message, at) })
@@ -884,7 +880,7 @@ func (a *agent) postAll(namespace string) {
 // post posts an Event. It retries until the Event is there, can't be posted, or is too old.
 func (c *capture) post(kind, reason, message string, at time.Time) {
 	type fields = map[string]any
-	a, p, second := c.agent, c.pod, at.UTC().Format(time.RFC3339)
+	a, p, when := c.agent, c.pod, at.UTC().Format(time.RFC3339)
 	// Event times are in whole seconds. kubectl lists Events of the same second by name, thus in order.
 	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
@@ -892,9 +888,8 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 		"apiVersion": "v1", "kind": "Event", "metadata": fields{"namespace": p.namespace, "name": name},
 		"involvedObject": fields{"apiVersion": "v1", "kind": "Pod",
 			"namespace": p.namespace, "name": p.name, "uid": p.kubeletUID},
-		"type": kind, "reason": reason, "message": message, "count": 1,
-		"source":         fields{"component": "packetcapture", "host": a.nodeName},
-		"firstTimestamp": second, "lastTimestamp": second,
+		"type": kind, "reason": reason, "message": message, "firstTimestamp": when, "lastTimestamp": when,
+		"count": 1, "source": fields{"component": "packetcapture", "host": a.nodeName},
 	})
 	for retry := requestBackoff; ; {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
@@ -999,23 +994,22 @@ func (e statusError) Error() string {
 
 // findCapture returns the stem of a pod's capture. name is <namespace>/<pod>.
 func findCapture(root, name string) (stem string, err error) {
-	namespace, pod, _ := strings.Cut(name, "/")
-	stem, err = os.Readlink(root + "/captures/" + namespace + "_" + pod)
-	if err != nil {
-		all, _ := filepath.Glob(root + "/captures/*")
-		for i, link := range all {
-			all[i] = strings.Replace(filepath.Base(link), "_", "/", 1)
+	all, _ := filepath.Glob(root + "/captures/*")
+	for i, link := range all {
+		all[i] = strings.Replace(filepath.Base(link), "_", "/", 1)
+		if all[i] == name {
+			return os.Readlink(link)
 		}
-		err = fmt.Errorf("%q is not captured here: use <namespace>/<pod>, one of %q", cut(name), all)
 	}
-	return stem, err
+	return "", fmt.Errorf("%q is not captured here: use <namespace>/<pod>, one of %q", cut(name), all)
 }
 
 // These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
 const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
-// cat writes a capture's files as one pcap, the oldest first. It leaves out a file whose head changes:
-// it is being overwritten. stderr gets the sums, as kubectl exec may cut the output and exit with 0.
+// cat writes the files of a capture as one pcap, the oldest one first. A file whose head (its header
+// and its first packet's) changes meanwhile is being overwritten, and is left out. It prints to stderr
+// how much it wrote, because kubectl exec may cut the output to a slow reader and still exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
@@ -1034,18 +1028,15 @@ func cat(root, name string, stdout, stderr io.Writer) error {
 
 	packets, written := 0, 0
 	for _, path := range paths {
-		data, err := os.ReadFile(path)
-		if err != nil || !strings.HasPrefix(readStart(path, head), heads[path]) {
+		switch data, err := os.ReadFile(path); {
+		case err != nil || !strings.HasPrefix(readStart(path, head), heads[path]):
 			fmt.Fprintf(stderr, "packets may be missing: %s was overwritten or deleted\n", path)
-			continue
-		}
-		if min(len(data), len(heads[path])) < pcapHeader {
-			continue // it is so new that it has no header
-		}
-		count, end := countPackets(data)
-		n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
-		if packets, written = packets+count, written+n; err != nil {
-			return err
+		case min(len(data), len(heads[path])) >= pcapHeader: // else it had just been begun
+			count, end := countPackets(data)
+			n, err := stdout.Write(data[min(written, pcapHeader):end]) // the first file's header is enough
+			if packets, written = packets+count, written+n; err != nil {
+				return err
+			}
 		}
 	}
 	if written == 0 {
