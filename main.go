@@ -73,7 +73,8 @@ const (
 	digits         = "0123456789"
 	interfaceChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-" + digits
 
-	// fileBytes is the largest file: tcpdump checks -C 1 only before it writes a packet and its header.
+	// fileBytes is the largest size of a file. tcpdump begins the next file at 1,000,000 bytes (-C 1),
+	// but only checks before it writes a packet, which takes up to 262,144 bytes and a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
@@ -119,7 +120,6 @@ func run(ctx context.Context, arguments []string) error {
 
 	a, err := newAgent(os.Getenv)
 	if err == nil {
-		slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.limit)
 		err = a.run(ctx)
 	}
 	return err
@@ -133,13 +133,12 @@ type agent struct {
 	diskFree               int64  // percent to leave free
 
 	cgroups *cgroups
+	roots   atomic.Pointer[x509.CertPool] // the last CA bundle that could be read
 	// api sends requests to the API server, start starts tcpdump, and ready makes the readiness probe
 	// succeed: the watch calls it with each event. Tests replace these.
 	api   http.RoundTripper
 	start func(ctx context.Context, network *os.File, arguments ...string) *process
 	ready func()
-	// roots is the last CA bundle that could be read.
-	roots atomic.Pointer[x509.CertPool]
 	// alive counts the goroutines that follow, that capture and that post Events.
 	alive sync.WaitGroup
 
@@ -175,7 +174,7 @@ func newAgent(getenv func(string) string) (a *agent, err error) {
 	disk := number("DISK_LIMIT", math.MaxInt64, logBytes+fileBytes, math.MaxInt64)
 	a.limit = int(min((disk-logBytes)/fileBytes, math.MaxInt32)) // tcpdump reads -W into an int
 	a.diskFree = number("DISK_FREE", 15, 0, 99)
-	// Without Proxy, HTTPS_PROXY is ignored. HTTP/2, whose pings end a half-open connection, must be forced.
+	// Without Proxy, HTTPS_PROXY is ignored. HTTP/2 must be forced: its pings find dead connections.
 	a.api = &http.Transport{DialTLSContext: a.dial, ForceAttemptHTTP2: true,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, MaxReceiveBufferPerStream: 256 << 10}}
 	return a, err
@@ -197,6 +196,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 		return fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
 	}
 
+	slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.limit)
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 	a.alive.Go(func() { w.follow(ctx) })
 	<-ctx.Done()
@@ -226,7 +226,8 @@ type podWatch struct {
 	agent *agent
 	// captures is by UID, because a pod that is recreated under the same name is another pod.
 	captures map[string]*capture
-	// version is the last resourceVersion. complaint, logged once, has no digits: a port in it may differ.
+	// version is the resourceVersion of the last event, or anyVersion. complaint is the last error, or ""
+	// when all is well, so that it is logged once. It has no digits: a port in it differs each time.
 	version, complaint string
 }
 
@@ -371,15 +372,14 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
-	if c.stem == "" {
-		return "", "", "" // it will wait for its room
-	}
-	if free := c.free(); n > free {
+	switch free := c.free(); {
+	case c.stem == "": // it will wait for its room
+	case n > free:
 		return annotation, asked.value, fmt.Sprintf(
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
+	default: // reserved now, or the capture might stop only to wait for room
+		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
-	// Reserved now, or the capture might stop only to wait for room.
-	c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	return "", "", ""
 }
 
@@ -543,7 +543,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	// The PID may be another pod's by now, so the name of what was opened, if anything, is compared.
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
 		network.Close()
-		return fmt.Errorf("the pod's network can't be opened: %w", cmp.Or(err, errors.New("it has ended")))
+		return fmt.Errorf("can't open the pod's network: %w", cmp.Or(err, errors.New("its process is gone")))
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -595,9 +595,8 @@ type process struct {
 	wait   func() error
 }
 
-// start starts tcpdump in a network, or in a new, empty one if network is nil. nsenter replaces itself
-// with tcpdump, so pid is tcpdump's. When ctx ends, tcpdump gets SIGTERM, and after termGrace SIGKILL.
-// If tcpdump can't be started, stderr is empty and wait says why.
+// start starts tcpdump in a network (nil: a new, empty one). nsenter becomes tcpdump and keeps its PID.
+// When ctx ends, tcpdump gets SIGTERM, and after termGrace SIGKILL. If it can't start, wait says why.
 func start(ctx context.Context, network *os.File, arguments ...string) *process {
 	enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
 	cmd := exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
@@ -618,7 +617,8 @@ func start(ctx context.Context, network *os.File, arguments ...string) *process 
 	return &process{strconv.Itoa(cmd.Process.Pid), stderr, cmd.Wait}
 }
 
-// read reads stderr until tcpdump ends. When capturing begins, it calls listening with a warning or "".
+// read reads stderr until tcpdump ends. When tcpdump begins to capture, it calls listening with the
+// first warning or "". It returns the counts and, if tcpdump failed, its complaint or status.
 func (p *process) read(listening func(warning string)) (counts string, err error) {
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
@@ -689,7 +689,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// findFiles returns a capture's files and their bytes: of a pod web, not of one that is named web.pcap0.
+// findFiles returns a capture's files and their bytes. Those of a pod named web.pcap0 are not web's.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
@@ -751,8 +751,9 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: last's while last.pid is in it, else its oldest process's: containers
-// may create others. It is empty without a cgroup, which goes 1 to 2 s after the last container's end.
+// find returns a pod's network: that of last while process last.pid, the pod's or tcpdump's, is in it,
+// else that of the pod's oldest process, since containers may create others. It is empty without a
+// network or a cgroup, which the kubelet removes 1 to 2 s after the last container's end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -779,12 +780,10 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 		// Field 22 of its stat is its start, in clock ticks. Field 2, a command, ends at the last ")".
 		stat := readFile(filepath.Join(g.proc, pid, "stat"))
 		fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
-		if len(fields) < 20 {
-			continue // it has ended
-		}
-		born, _ := strconv.ParseUint(fields[19], 10, 64)
-		if now, inPod := g.sandboxOf(pid); inPod && born < oldest {
-			s, oldest = now, born
+		if now, inPod := g.sandboxOf(pid); inPod && len(fields) > 19 {
+			if born, _ := strconv.ParseUint(fields[19], 10, 64); born < oldest {
+				s, oldest = now, born
+			}
 		}
 	}
 	return s

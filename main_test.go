@@ -737,7 +737,7 @@ func TestReusedPID(t *testing.T) {
 	is(t, "the network that is found", now.network, s.network)
 
 	c := &capture{agent: &agent{proc: proc.dir}}
-	says(t, c.runTcpdump(t.Context(), s), "has ended")
+	says(t, c.runTcpdump(t.Context(), s), "its process is gone")
 	is(t, "files that are open", len(openIn(proc.dir)), 0)
 	proc.end(50)
 	says(t, c.runTcpdump(t.Context(), s), "/50/ns/net: no such file")
