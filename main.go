@@ -79,7 +79,7 @@ const (
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
 
-	// birthPoll is short: a pod's first container starts about 100 ms after its network (namespace) is up.
+	// birthPoll is how often a capture looks at first: a pod's containers start 100 ms after its network.
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
@@ -119,10 +119,11 @@ func run(ctx context.Context, arguments []string) error {
 	}
 
 	a, err := newAgent(os.Getenv)
-	if err == nil {
-		err = a.run(ctx)
+	if err != nil {
+		return err
 	}
-	return err
+	slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.limit)
+	return a.run(ctx)
 }
 
 // agent holds what the watch and all captures of this node share.
@@ -193,10 +194,9 @@ func (a *agent) run(ctx context.Context) (err error) {
 	}
 	// A container starts with fresh files: the folder is there only if another program has made it.
 	if err = os.Mkdir(filepath.Join(a.root, "captures"), 0o755); err != nil {
-		return fmt.Errorf("another packetcapture runs here, or the root is read-only: %w", err)
+		return fmt.Errorf("another packetcapture is running here, or the root is read-only: %w", err)
 	}
 
-	slog.Info("packetcapture starts", "node", a.nodeName, "api", a.url, "files", a.limit)
 	w := podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 	a.alive.Go(func() { w.follow(ctx) })
 	<-ctx.Done()
@@ -227,7 +227,7 @@ type podWatch struct {
 	// captures is by UID, because a pod that is recreated under the same name is another pod.
 	captures map[string]*capture
 	// version is the resourceVersion of the last event, or anyVersion. complaint is the last error, or ""
-	// when all is well, so that it is logged once. It has no digits: a port in it differs each time.
+	// when all is well, so that it is logged once, and without digits: a port in it differs each time.
 	version, complaint string
 }
 
@@ -240,9 +240,9 @@ func (w *podWatch) follow(ctx context.Context) {
 			retry = requestBackoff
 		}
 		switch status, _ := err.(statusError); {
-		case status.Code == http.StatusGone && before != anyVersion ||
-			worked && err == io.EOF && w.version == before:
-			// There is no history since that version. Or no bookmark came: a restored etcd may be behind it.
+		case (status.Code == http.StatusGone && before != anyVersion) ||
+			(worked && err == io.EOF && w.version == before):
+			// The server has no history since then. Or not even a bookmark came: a restored etcd may be older.
 			w.version = anyVersion
 		case worked && err == io.EOF: // at its time limit: it watches again at once
 		case ctx.Err() == nil:
@@ -257,7 +257,7 @@ func (w *podWatch) follow(ctx context.Context) {
 }
 
 // watch applies events until the stream ends, with io.EOF at its time limit: random, so that nodes do
-// not ask in step. It has worked if it brought a version or lasted a second; else the pauses grow.
+// not ask in step. It has worked if it brought a version or lasted a second. If not, the pauses grow.
 func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -326,13 +326,13 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	if asked == c.last {
 		return
 	}
-	if c.last = asked; asked == c.valid {
+	c.last = asked
+	if asked == c.valid {
 		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
 		return
 	}
 	switch key, value, accepted := c.check(ctx, asked); {
-	case ctx.Err() != nil:
-		// The program ends, which may have interrupted the check of the filter.
+	case ctx.Err() != nil: // the program ends, which may have interrupted the check of the filter
 	case accepted != "":
 		c.tell("Warning", "CaptureInvalid", "the annotation %s is %q: it must be %s; it changes nothing",
 			key, cut(value), accepted)
@@ -366,14 +366,14 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 		return filterAnnotation, filter, "a pcap filter, a line of printable text of at most 1024 bytes"
 	case filter != "":
 		if err := c.compile(ctx, asked); err != nil {
-			return filterAnnotation, filter, "a pcap filter with numeric hosts and ports; " + err.Error()
+			return filterAnnotation, filter, fmt.Sprintf("a pcap filter with numeric hosts and ports (%v)", err)
 		}
 	}
 
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
 	switch free := c.free(); {
-	case c.stem == "": // it will wait for its room
+	case c.stem == "": // it has no files yet, and will wait for room
 	case n > free:
 		return annotation, asked.value, fmt.Sprintf(
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
@@ -383,7 +383,7 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 	return "", "", ""
 }
 
-// compile returns tcpdump's error about a filter. Its network is empty: no filter may send DNS queries.
+// compile returns tcpdump's error about a filter. It runs in an empty network, to send no DNS queries.
 func (c *capture) compile(ctx context.Context, asked spec) error {
 	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked)
 	link := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
@@ -401,9 +401,10 @@ type capture struct {
 	last, valid spec
 	stop        context.CancelCauseFunc
 
-	// turn lets one goroutine work at a time. A mutex would stop the fake time of tests while one waits.
+	// turn lets one goroutine work at a time: a mutex, but one that testing/synctest can wait for.
 	turn chan struct{}
-	// The goroutine whose turn it is uses these. captured says that packets may be in the files.
+	// The goroutine whose turn it is uses these. captured says that packets may be in the files, and
+	// counts is what the last tcpdump counted.
 	spec     spec
 	captured bool
 	counts   string
@@ -434,7 +435,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
 		case now.network != "" && c.captured:
-			c.tell("Normal", "CaptureStopped", "Stopped: %s; the pod's new network is captured now", c.counts)
+			c.tell("Normal", "CaptureStopped", "Stopped: %s; the pod has a new network", c.counts)
 		}
 	}
 }
@@ -443,14 +444,9 @@ func (c *capture) run(ctx context.Context, asked spec) {
 func (c *capture) await(ctx context.Context) (s sandbox) {
 	missing, named := "", ""
 	for began := time.Now(); ctx.Err() == nil; {
-		if s, missing = c.look(s); missing == "" {
+		if s, missing = c.look(s); missing == "" || ctx.Err() != nil {
 			break
 		}
-		// Until it has captured something, a capture that waits holds no room.
-		if !c.captured {
-			c.clear(ctx)
-		}
-
 		waited := time.Since(began)
 		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != named {
 			named = what
@@ -461,6 +457,11 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
 			}
 		}
+		// Until it has captured something, a capture that waits holds no room.
+		if !c.captured {
+			c.clear(ctx)
+		}
+
 		poll := birthPoll
 		if s.network != "" || waited >= 5*time.Minute {
 			poll = time.Second / 2
@@ -478,7 +479,7 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	switch {
 	case s.network == "":
 		return s, "the pod's network: the pod has not started yet, or has ended"
-	// tcpdump would accept more: "2" for the second interface, and nflog, which is none.
+	// tcpdump would accept more: "2" for the second interface, and nflog, which is not an interface.
 	case device != "any" && !slices.Contains(s.interfaces, device):
 		return s, "the interface " + device + ": the pod has " + cut(strings.Join(s.interfaces, ", "))
 	}
@@ -488,7 +489,7 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 // clear deletes the files of a tcpdump that has exited, and gives up the room, the stem and the link.
 // A goroutine that is replaced leaves these three to the next one.
 func (c *capture) clear(ctx context.Context) {
-	isReplaced := context.Cause(ctx) == errReplaced
+	end := context.Cause(ctx) // asked once, because it may change
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
 		if err := os.Remove(path); err != nil {
@@ -497,13 +498,13 @@ func (c *capture) clear(ctx context.Context) {
 	}
 	if c.captured {
 		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
-	} else if ctx.Err() != nil && !isReplaced {
+	} else if end != nil && end != errReplaced {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
 
 	c.agent.roomLock.Lock()
 	defer c.agent.roomLock.Unlock()
-	if c.stem != "" && !isReplaced {
+	if c.stem != "" && end != errReplaced {
 		os.Remove(c.link)
 		delete(c.agent.rooms, c.stem)
 		c.stem = ""
@@ -540,7 +541,7 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 // held-up tcpdump loses nothing (see make measure). After -- a filter, maybe "", can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
-	// The PID may be another pod's by now, so the name of what was opened, if anything, is compared.
+	// The PID may be another pod's by now: compare the name of what is open. (Fd of nil is harmless.)
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
 		network.Close()
 		return fmt.Errorf("can't open the pod's network: %w", cmp.Or(err, errors.New("its process is gone")))
@@ -564,7 +565,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 		c.counts = counts + since
 	}
 	status := cmp.Or(err, errors.New("exit status 0"))
-	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump failed (%v)", status))
+	return cmp.Or(context.Cause(running), fmt.Errorf("tcpdump has ended (%v)", status))
 }
 
 // oversee stops a running tcpdump if the disk is full, or if the pod's network has gone or changed.
@@ -581,14 +582,14 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 			stop(errFull)
 		case now == s.network:
 			hadNetwork = time.Now()
-		// By then tcpdump, which reads its ring once a second, has read the pod's last packets.
+		// By then tcpdump, which reads its ring once a second, has read what was left in it.
 		case now != "", time.Since(hadNetwork) >= 3*time.Second:
 			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
 }
 
-// process is a running tcpdump. Its owner must read stderr to its end and then call wait, as read does.
+// process is a tcpdump, started or not. Its owner reads stderr to its end and calls wait, as read does.
 type process struct {
 	pid    string
 	stderr io.Reader
@@ -633,7 +634,7 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			warning = cmp.Or(warning, cut(line))
 		case (strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")) &&
-			!strings.Contains(line, "data link type "):
+			!strings.Contains(line, "data link type "): // which is only said, no complaint
 			complaint = cut(line)
 		}
 	}
@@ -751,9 +752,9 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: that of last while process last.pid, the pod's or tcpdump's, is in it,
-// else that of the pod's oldest process, since containers may create others. It is empty without a
-// network or a cgroup, which the kubelet removes 1 to 2 s after the last container's end.
+// find returns a pod's network: last's, while last.pid (the pod's process or tcpdump) is still in it,
+// else that of the pod's oldest process, since later ones may be in others. It is empty if no process
+// has one, or the pod has no cgroup: the kubelet removes that 1 to 2 s after the last container's end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -927,7 +928,7 @@ type event struct {
 func (e *event) pod() (p pod, asked spec) {
 	m := &e.Object.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup bears this hash. Users can set it: no path and no UID (with dashes) may pass.
+	// A static pod's cgroup has this hash. Users can set it: it must be hex, and so no path and no UID.
 	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, "abcdef"+digits) == "" {
 		p.kubeletUID = cmp.Or(hash, m.UID)
 	}
@@ -1003,7 +1004,7 @@ func findCapture(root, name string) (stem string, err error) {
 	return "", fmt.Errorf("%q is not captured here: use <namespace>/<pod>, one of %q", cut(name), all)
 }
 
-// These are in bytes. A packet's header has its time, in 8 bytes, its captured length and its length.
+// In bytes. A packet's header is its time (8 bytes), its captured length and its full length.
 const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
 // cat writes the files of a capture as one pcap, the oldest one first. A file whose head (its header
@@ -1081,7 +1082,7 @@ func live(ctx context.Context, root, name string) error {
 		for readFile(dir+"/cmdline") != "" { // as long as it lives
 			time.Sleep(100 * time.Millisecond)
 		}
-		stop(nil)
+		stop(nil) // no error: the cause is Canceled
 	}()
 
 	tcpdump := start(running, network, append([]string{"--immediate-mode", "-w", "-"}, options...)...)

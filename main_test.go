@@ -167,7 +167,7 @@ func TestStart(t *testing.T) {
 	end()
 	begin := func(proc, root string) error { return testAgent(t, proc, root).run(ctx) }
 	must(t, begin(proc.dir, root))
-	says(t, begin(proc.dir, root), "another packetcapture runs here")
+	says(t, begin(proc.dir, root), "another packetcapture is running here")
 	proc.regrow("/systemd")
 	proc.make("/user.slice")
 	says(t, begin(proc.dir, t.TempDir()), "no cgroup kubepods is in "+proc.dir+
@@ -349,7 +349,7 @@ func TestMistakes(t *testing.T) {
 	const many = invalid + `: the annotation tcpdump.antrea.io is "many": it must be a plain decimal number ` +
 		"of files, from 1 to 5; it changes nothing"
 	const refused = invalid + `: /filter is "refused": it must be a pcap filter with numeric hosts ` +
-		"and ports; tcpdump: can't parse filter expression: syntax error; it changes nothing"
+		"and ports (tcpdump: can't parse filter expression: syntax error); it changes nothing"
 	simulate(t, 5, func(w *world) {
 		w.proc.pod(50, web.uid)
 		w.change(web.of("many"), nil, many)
@@ -427,7 +427,7 @@ func TestFinishedPod(t *testing.T) {
 			w.proc.end(51 + i)
 			w.proc.joins(52+i, web.uid, net)
 			w.after(time.Second, files{"web": 3},
-				counted+" since tcpdump started over; the pod's new network is captured now", again)
+				counted+" since tcpdump started over; the pod has a new network", again)
 			is(t, "network", filepath.Base(w.kids.last().network), "net-"+net)
 		}
 
@@ -490,8 +490,8 @@ func TestRestarts(t *testing.T) {
 		w.kids.last().exit("", errKilled)
 		tries := []fakeRequest{{at: time.Now()}}
 		w.pass(time.Hour)
-		w.told(failed+": tcpdump failed (signal: killed); it is tried again, after pauses that grow to 5 minutes",
-			failed+": tcpdump failed (resource temporarily unavailable); it is tried again")
+		w.told(failed+": tcpdump has ended (signal: killed); it is tried again, after pauses that grow to 5 minutes",
+			failed+": tcpdump has ended (resource temporarily unavailable); it is tried again")
 		tries = append(tries, w.kids.attempts[2:]...)
 		is(t, "it is started again and again", len(tries) > 16, true)
 		checkBackoff(t, tries, 200*time.Millisecond, 5*time.Minute, 0)

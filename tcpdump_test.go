@@ -228,7 +228,7 @@ func TestTcpdump(t *testing.T) {
 	web.holds("", 1, 20, "out", "in")
 
 	must(t, syscall.Kill(web.pid(), syscall.SIGKILL))
-	n.told("CaptureFailed", "tcpdump failed (signal: killed); it is tried again")
+	n.told("CaptureFailed", "tcpdump has ended (signal: killed); it is tried again")
 	n.told("CaptureStarted", "started over at the first file")
 	web.say(web.pod, "again", 4000, 1, 20)
 	web.holds("", 1, 20, "again")
@@ -264,7 +264,7 @@ func TestFilter(t *testing.T) {
 	evil := web.root + "/evil"
 	for _, filter := range []string{"udp prot 4001", "-w " + evil, "--version", "$(touch " + evil + ")",
 		"'`touch " + evil + "`", "“tcp port 80”", "tcp port http-that-is-none", "host name.invalid"} {
-		web.see(spec{value: "1", filter: filter}, "CaptureInvalid", "numeric hosts and ports; tcpdump: ")
+		web.see(spec{value: "1", filter: filter}, "CaptureInvalid", "numeric hosts and ports (tcpdump: ")
 	}
 	is(t, "files", namesIn(t, web.root), nil)
 	web.see(spec{value: "1", filter: "udp port 4001"}, "CaptureStarted", `the filter is "udp port 4001"`)
@@ -304,7 +304,7 @@ func TestInterface(t *testing.T) {
 	web.bash("ip -n $0 link add 2 up type veth", web.pod)
 	web.told("CaptureStarted", "the interface is 2")
 	web.bash("ip -n $0 link delete 2", web.pod)
-	web.told("CaptureFailed", "tcpdump failed (")
+	web.told("CaptureFailed", "tcpdump has ended (")
 
 	web.see(spec{value: "1", iface: "any"}, "CaptureStarted", "the interface is any")
 	web.say(web.pod, "last", 4000, 1, 40)
