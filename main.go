@@ -634,7 +634,7 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			warning = cmp.Or(warning, cut(line))
 		case (strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")) &&
-			!strings.Contains(line, "data link type "): // which is only said, no complaint
+			!strings.Contains(line, "data link type "): // that is information, no complaint
 			complaint = cut(line)
 		}
 	}
@@ -658,6 +658,8 @@ func (c *capture) takeRoom() (missing string) {
 		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
 	case n > free:
 		return fmt.Sprintf("room for N=%d: %d of this node's %d files are taken", n, a.limit-free, a.limit)
+	case c.captured: // it has its room, and its successor may have reserved more
+		return ""
 	case c.stem == "":
 		link := filepath.Join(a.root, "captures", c.pod.namespace+"_"+c.pod.name)
 		stem := filepath.Join(a.root, "capture-"+c.pod.name+".pcap")
@@ -893,14 +895,11 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 	})
 	for retry := requestBackoff; ; {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		answer, err := a.do(ctx, "POST", path, "application/json", string(body))
-		cancel()
+		_, err := a.do(ctx, "POST", path, "application/json", string(body))
+		cancel() // it closes the answer, too
 		status, _ := err.(statusError)
 		switch code := status.Code; {
-		case err == nil:
-			answer.Close()
-			return
-		case status.Reason == "AlreadyExists": // an earlier try has posted it
+		case err == nil, status.Reason == "AlreadyExists": // an earlier try has posted it
 			return
 		// 401, 409 (of a quota), 429 and 5xx may pass. 403 in a namespace that is being deleted does not.
 		case code > 0 && code < 500 && code != 401 && code != 409 && code != 429, time.Since(at) >= eventTime:
@@ -932,11 +931,10 @@ func (e *event) pod() (p pod, asked spec) {
 	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, "abcdef"+digits) == "" {
 		p.kubeletUID = cmp.Or(hash, m.UID)
 	}
-	asked.value, asked.annotated = m.Annotations[annotation]
-	asked.files, _ = strconv.Atoi(asked.value)
-	asked.filter = strings.TrimSpace(m.Annotations[filterAnnotation])
-	asked.iface = m.Annotations[interfaceAnnotation]
-	return p, asked
+	value, annotated := m.Annotations[annotation]
+	files, _ := strconv.Atoi(value)
+	filter := strings.TrimSpace(m.Annotations[filterAnnotation])
+	return p, spec{annotated, value, filter, m.Annotations[interfaceAnnotation], files}
 }
 
 // dial reads the CA bundle each time, since it may be replaced. If that fails, it uses the last one.

@@ -609,6 +609,15 @@ func TestRoom(t *testing.T) {
 		is(w, "c's link", readLink(w.root+"/captures/default_c"), "")
 		w.after(time.Second, files{"a": 1, "b": 1, "c": 1}, stopped, started, started)
 	})
+
+	// A capture that still runs does not take back the room that was reserved for its successor.
+	node := fuzzed(t, nil).agent
+	one := &capture{agent: node, pod: web.pod, spec: spec{files: 3}}
+	is(t, "missing", one.takeRoom(), "")
+	one.captured = true
+	_, _, accepted := one.check(t.Context(), spec{value: "9", files: 9})
+	is(t, "missing", accepted+one.takeRoom(), "")
+	is(t, "room", node.rooms[one.stem], 9)
 }
 
 // A part of the disk stays free. A capture waits until there is more. One that runs stops, and its files stay.
