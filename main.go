@@ -74,7 +74,7 @@ const (
 	interfaceChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-" + digits
 
 	// fileBytes is the largest size of a file. tcpdump begins the next file at 1,000,000 bytes (-C 1),
-	// but only checks before it writes a packet, which takes up to 262,144 bytes and a header of 16.
+	// but checks only before it writes a packet, which takes up to 262,144 bytes and a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
 	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
@@ -91,12 +91,12 @@ const (
 )
 
 var (
-	// With jitter the longest pauses are 30 s, as in client-go, and 5 minutes, as in the kubelet.
-	requestBackoff = backoff{800 * time.Millisecond, 15 * time.Second}
-	tcpdumpBackoff = backoff{200 * time.Millisecond, 150 * time.Second}
+	// Jitter up to doubles a pause: the longest are 30 s, as in client-go, and 5 min, as in the kubelet.
+	requestBackoff = backoff{pause: 800 * time.Millisecond, most: 15 * time.Second}
+	tcpdumpBackoff = backoff{pause: 200 * time.Millisecond, most: 150 * time.Second}
 
 	errFull     = errors.New("the disk is full: the last packets of the files may be cut")
-	errReplaced = errors.New("its annotations have changed")
+	errReplaced = errors.New("replaced") // the next goroutine keeps the room, stem and link
 )
 
 func main() {
@@ -190,7 +190,7 @@ var answerProbe = sync.OnceFunc(func() {
 // run captures until ctx ends. Then all captures have 4.5 s to end, side by side, and to post Events.
 func (a *agent) run(ctx context.Context) (err error) {
 	if a.cgroups, err = newCgroups(a.proc); err != nil {
-		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, Unconfined: %w", err)
+		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and the AppArmor profile Unconfined: %w", err)
 	}
 	// A container starts with fresh files: the folder is there only if another program has made it.
 	if err = os.Mkdir(filepath.Join(a.root, "captures"), 0o755); err != nil {
@@ -242,7 +242,8 @@ func (w *podWatch) follow(ctx context.Context) {
 		switch status, _ := err.(statusError); {
 		case (status.Code == http.StatusGone && before != anyVersion) ||
 			(worked && err == io.EOF && w.version == before):
-			// The server has no history since then. Or not even a bookmark came: a restored etcd may be older.
+			// The server's history begins later: from anyVersion at once, but not without end. Or not even
+			// a bookmark came: a restored etcd may be older.
 			w.version = anyVersion
 		case worked && err == io.EOF: // at its time limit: it watches again at once
 		case ctx.Err() == nil:
@@ -256,8 +257,8 @@ func (w *podWatch) follow(ctx context.Context) {
 	}
 }
 
-// watch applies events until the stream ends, with io.EOF at its time limit: random, so that nodes do
-// not ask in step. It has worked if it brought a version or lasted a second. If not, the pauses grow.
+// watch applies events until the stream ends, with io.EOF at its time limit (random, so that nodes do
+// not ask in step). It has worked if it brought a version or lasted a second. If not, the pauses grow.
 func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	limit := 300 + rand.IntN(301)
 	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
@@ -281,8 +282,8 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	return w.version != before || time.Since(began) >= time.Second, err
 }
 
-// next applies one event. From anyVersion a watch begins with all pods as ADDED, in any order. The
-// first other event, within a minute a bookmark, ends this list: captures still in unseen are stopped.
+// next applies one event. From anyVersion a watch begins with all pods, in ADDED events. The first of
+// another type (a bookmark comes within a minute) ends this list and stops the captures in unseen.
 func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*capture) error {
 	p, asked := e.pod()
 	version := e.Object.Metadata.ResourceVersion
@@ -323,7 +324,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c = &capture{agent: w.agent, pod: p, stop: func(error) {}, turn: make(chan struct{}, 1)}
 		w.captures[p.uid] = c
 	}
-	if asked == c.last {
+	if asked == c.last { // something else of the pod has changed
 		return
 	}
 	c.last = asked
@@ -331,11 +332,11 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
 		return
 	}
-	switch key, value, accepted := c.check(ctx, asked); {
+	switch key, value, mustBe := c.check(ctx, asked); {
 	case ctx.Err() != nil: // the program ends, which may have interrupted the check of the filter
-	case accepted != "":
-		c.tell("Warning", "CaptureInvalid", "the annotation %s is %q: it must be %s; it changes nothing",
-			key, cut(value), accepted)
+	case mustBe != "":
+		c.tell("Warning", "CaptureInvalid", "The annotation %s is %q: it must be %s; it changes nothing",
+			key, cut(value), mustBe)
 	default:
 		c.stop(errReplaced)
 		ctx, c.stop = context.WithCancelCause(ctx)
@@ -351,9 +352,9 @@ func (w *podWatch) forget(uid string) {
 	delete(w.captures, uid)
 }
 
-// check returns an invalid annotation's key and value, and what is accepted. If all are valid, that is
-// "", and check has enlarged the room of a capture that has room and needs more.
-func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted string) {
+// check returns an invalid annotation's key and value, and what it must be: "" if all are valid. Then
+// it has also reserved the room that a capture with files needs for more of them.
+func (c *capture) check(ctx context.Context, asked spec) (key, value, mustBe string) {
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	switch {
 	case n < 1 || n > limit || asked.value != strconv.Itoa(n): // tcpdump takes "5abc" for 5
@@ -377,7 +378,7 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 	case n > free:
 		return annotation, asked.value, fmt.Sprintf(
 			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
-	default: // reserved now, or the capture might stop only to wait for room
+	default: // reserved now: the running capture must not stop only for the next one to wait
 		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return "", "", ""
@@ -385,9 +386,9 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, accepted s
 
 // compile returns tcpdump's error about a filter. It runs in an empty network, to send no DNS queries.
 func (c *capture) compile(ctx context.Context, asked spec) error {
-	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked)
-	link := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
-	_, err := c.agent.start(ctx, nil, "-y", link, "-d", "--", asked.filter).read(func(string) {})
+	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked) // "" before the pod has started
+	linkType := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
+	_, err := c.agent.start(ctx, nil, "-y", linkType, "-d", "--", asked.filter).read(func(string) {})
 	return err
 }
 
@@ -451,7 +452,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 		if what, _, _ := strings.Cut(missing, ":"); waited >= waitingTime && what != named {
 			named = what
 			if _, size := findFiles(c.stem); c.captured {
-				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone, the files (%d bytes) stay until "+
+				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone; the files (%d bytes) stay until "+
 					"it is back, or the annotation or the pod goes", c.counts, what, size)
 			} else {
 				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
@@ -472,7 +473,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 	return s
 }
 
-// look returns the pod's sandbox, and what is missing for a capture: "" or "<what>: <why>".
+// look returns the pod's sandbox (its network), and what is missing: "" or "<what>: <why>".
 func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	s = c.agent.cgroups.find(c.pod, last)
 	device := s.device(c.spec)
@@ -489,7 +490,7 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 // clear deletes the files of a tcpdump that has exited, and gives up the room, the stem and the link.
 // A goroutine that is replaced leaves these three to the next one.
 func (c *capture) clear(ctx context.Context) {
-	end := context.Cause(ctx) // asked once, because it may change
+	end := context.Cause(ctx) // asked once: it may become errReplaced meanwhile
 	paths, size := findFiles(c.stem)
 	for _, path := range paths {
 		if err := os.Remove(path); err != nil {
@@ -536,8 +537,8 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 // it ended. live uses the arguments after -w too, so -C and -W come before.
 //
 // -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet as
-// it arrives. -Z root keeps the right to create files in /, which the user tcpdump does not have. -p
-// turns promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
+// it is read. -Z root keeps the right to create files in /, which the user tcpdump does not have. -p
+// leaves promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
 // held-up tcpdump loses nothing (see make measure). After -- a filter, maybe "", can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
@@ -550,7 +551,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	defer stop(nil)
 	tcpdump := c.agent.start(running, network, "-C", "1", "-W", c.spec.value, "-w", c.stem,
 		"-U", "-Z", "root", "-p", "-i", s.device(c.spec), "-B", "4096", "--", c.spec.filter)
-	network.Close() // or it would keep the pod's interface alive
+	network.Close() // tcpdump has its own
 
 	since := map[bool]string{true: " since tcpdump started over"}[c.captured]
 	go c.oversee(running, stop, s, tcpdump.pid)
@@ -582,8 +583,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 			stop(errFull)
 		case now == s.network:
 			hadNetwork = time.Now()
-		// By then tcpdump, which reads its ring once a second, has read what was left in it.
-		case now != "", time.Since(hadNetwork) >= 3*time.Second:
+		case now != "", time.Since(hadNetwork) >= 3*time.Second: // tcpdump reads its ring once a second
 			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
@@ -599,12 +599,12 @@ type process struct {
 // start starts tcpdump in a network (nil: a new, empty one). nsenter becomes tcpdump and keeps its PID.
 // When ctx ends, tcpdump gets SIGTERM, and after termGrace SIGKILL. If it can't start, wait says why.
 func start(ctx context.Context, network *os.File, arguments ...string) *process {
-	enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
-	cmd := exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
-	cmd.ExtraFiles, cmd.Stdout = []*os.File{network}, os.Stdout
-	if network == nil {
-		cmd = exec.CommandContext(ctx, "tcpdump", arguments...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	cmd := exec.CommandContext(ctx, "tcpdump", arguments...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if network != nil {
+		enter := []string{"--net=/proc/self/fd/3", "--", "tcpdump"} // 3 is the first of ExtraFiles
+		cmd = exec.CommandContext(ctx, "nsenter", append(enter, arguments...)...)
+		cmd.ExtraFiles, cmd.Stdout = []*os.File{network}, os.Stdout
 	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = termGrace
@@ -731,7 +731,7 @@ type sandbox struct {
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
 // newCgroups finds the cgroup kubepods, a level deeper in kind. Of cgroup v1's hierarchies, systemd and
-// pids have the fewest files to walk through. If hostNet can't be read, the cgroups can't either.
+// pids have the fewest files to walk through. If hostNet can't be read, nor can the cgroups.
 func newCgroups(proc string) (*cgroups, error) {
 	hostNet, _ := os.Readlink(proc + "/1/ns/net")
 	root := proc + "/1/root/sys/fs/cgroup"
@@ -780,7 +780,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	}
 	oldest := uint64(math.MaxUint64)
 	for pid := range strings.FieldsSeq(pids) {
-		// Field 22 of its stat is its start, in clock ticks. Field 2, a command, ends at the last ")".
+		// Its start, in clock ticks, is field 22: [19] after field 2, a command, which ends at the last ")".
 		stat := readFile(filepath.Join(g.proc, pid, "stat"))
 		fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
 		if now, inPod := g.sandboxOf(pid); inPod && len(fields) > 19 {
@@ -815,8 +815,8 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	return s, err == nil && hostErr == nil && !os.SameFile(root, hostRoot)
 }
 
-// straysOf returns the cgroups of a pod's containers outside its own. They exist if only the kubelet
-// uses the systemd driver: the runtime then names them "<slice>:cri-containerd:<container>".
+// straysOf returns the cgroups of a pod's containers that are outside its own. They are if only the
+// kubelet uses the systemd driver: the runtime names them "<slice>:cri-containerd:<container>".
 func (g *cgroups) straysOf(slice string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -866,7 +866,7 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	}
 }
 
-// postAll posts a namespace's Events. Each stays queued while posted: tell starts no second postAll.
+// postAll posts a namespace's Events. Each stays queued while posted: tell starts no second goroutine.
 func (a *agent) postAll(namespace string) {
 	a.queueLock.Lock()
 	defer a.queueLock.Unlock()
@@ -927,7 +927,7 @@ type event struct {
 func (e *event) pod() (p pod, asked spec) {
 	m := &e.Object.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup has this hash. Users can set it: it must be hex, and so no path and no UID.
+	// A static pod's cgroup is named by this hash. Users can set it, so only hex counts: no path, no UID.
 	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, "abcdef"+digits) == "" {
 		p.kubeletUID = cmp.Or(hash, m.UID)
 	}
@@ -1002,7 +1002,7 @@ func findCapture(root, name string) (stem string, err error) {
 	return "", fmt.Errorf("%q is not captured here: use <namespace>/<pod>, one of %q", cut(name), all)
 }
 
-// In bytes. A packet's header is its time (8 bytes), its captured length and its full length.
+// Sizes in bytes. A packet's header has its time (8), its captured length and its full length.
 const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
 // cat writes the files of a capture as one pcap, the oldest one first. A file whose head (its header

@@ -172,8 +172,8 @@ func TestStart(t *testing.T) {
 	proc.make("/user.slice")
 	says(t, begin(proc.dir, t.TempDir()), "no cgroup kubepods is in "+proc.dir+
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
-	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and, with AppArmor, "+
-		"Unconfined: no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
+	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and the AppArmor "+
+		"profile Unconfined: no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
 	says(t, run(t.Context(), []string{"help"}), `can't run ["help"]: use cat or live with <namespace>/<pod>`)
 	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
 	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
@@ -346,7 +346,7 @@ func TestTrouble(t *testing.T) {
 
 // An invalid annotation starts and stops nothing. One Event says what was read, and what is accepted.
 func TestMistakes(t *testing.T) {
-	const many = invalid + `: the annotation tcpdump.antrea.io is "many": it must be a plain decimal number ` +
+	const many = invalid + `: The annotation tcpdump.antrea.io is "many": it must be a plain decimal number ` +
 		"of files, from 1 to 5; it changes nothing"
 	const refused = invalid + `: /filter is "refused": it must be a pcap filter with numeric hosts ` +
 		"and ports (tcpdump: can't parse filter expression: syntax error); it changes nothing"
@@ -412,7 +412,7 @@ func TestWaiting(t *testing.T) {
 // says so if the pod is still there some seconds later. A new network is captured.
 func TestFinishedPod(t *testing.T) {
 	const counted = stopped + ": Stopped: 7 packets captured, 2 packets dropped by the kernel"
-	const gone = "; the pod's network is gone, the files (300 bytes) stay until it is back, or the annotation or the pod goes"
+	const gone = "; the pod's network is gone; the files (300 bytes) stay until it is back, or the annotation or the pod goes"
 	const deleted = "; its files (300 bytes) are deleted"
 	simulate(t, 5, func(w *world) {
 		w.born(50, web)
@@ -469,7 +469,7 @@ func TestEndOfPod(t *testing.T) {
 			}
 			w.after(2*time.Second, files{"web": 3})
 			w.keptAfter(time.Second)
-			w.keptAfter(waitingTime+time.Second, stopped+": network is gone, the files (300 bytes) stay")
+			w.keptAfter(waitingTime+time.Second, stopped+": network is gone; the files (300 bytes) stay")
 		})
 	}
 }

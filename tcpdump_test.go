@@ -234,7 +234,7 @@ func TestTcpdump(t *testing.T) {
 	web.holds("", 1, 20, "again")
 
 	web.finish()
-	n.told("CaptureStopped", "20 packets captured, 0 packets dropped by the kernel since tcpdump started over; the pod's network is gone, the files (")
+	n.told("CaptureStopped", "20 packets captured, 0 packets dropped by the kernel since tcpdump started over; the pod's network is gone; the files (")
 	web.holds("", 1, 20, "again")
 	n.forget(web.uid)
 	n.told("CaptureStopped", "are deleted")
@@ -309,7 +309,7 @@ func TestInterface(t *testing.T) {
 	web.see(spec{value: "1", iface: "any"}, "CaptureStarted", "the interface is any")
 	web.say(web.pod, "last", 4000, 1, 40)
 	web.finish()
-	web.told("CaptureStopped", "the pod's network is gone, the files (")
+	web.told("CaptureStopped", "the pod's network is gone; the files (")
 	web.holds("", 1, 40, "last")
 }
 

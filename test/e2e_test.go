@@ -270,7 +270,7 @@ func (c *cluster) finished() {
 	c.wait(succeeded, "job")
 	c.row("pod finished", "tcpdump ends, files stay", c.exact("- job"))
 	c.holds("job.pcap000", "last words")
-	c.told("job", "CaptureStopped", "; the pod's network is gone, the files (", "stay until it is back")
+	c.told("job", "CaptureStopped", "; the pod's network is gone; the files (", "stay until it is back")
 	n, err := c.look()
 	c.must(err)
 	c.onNode("kill -9 " + n.program)
