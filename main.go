@@ -455,7 +455,7 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone; the files (%d bytes) stay until "+
 					"it is back, or the annotation or the pod goes", c.counts, what, size)
 			} else {
-				c.tell("Warning", "CaptureWaiting", "Waiting for %s; the capture starts by itself", missing)
+				c.tell("Warning", "CaptureWaiting", "Waiting for %s; once it is there, the capture starts", missing)
 			}
 		}
 		// Until it has captured something, a capture that waits holds no room.
