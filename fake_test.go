@@ -661,6 +661,7 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 		w.runs(nil)
 		is(t, "links in /captures", namesIn(t, w.root+"/captures"), nil)
 		w.alive.Wait() // for Events that are still tried: in a container its end ends that
+		is(t, "queues that are left", len(w.queues), 0)
 		w.logged("level=ERROR", 0)
 	})
 }

@@ -174,7 +174,10 @@ func TestStart(t *testing.T) {
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
 	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and the AppArmor "+
 		"profile Unconfined: no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
-	says(t, run(t.Context(), []string{"help"}), `can't run ["help"]: use cat or live with <namespace>/<pod>`)
+	for _, arguments := range [][]string{{"help"}, {"dog", "no/pod"}, {"cat"}, {"live", "no/pod", "x"}} {
+		says(t, run(t.Context(), arguments),
+			fmt.Sprintf("can't run %q: use cat or live with <namespace>/<pod>", arguments))
+	}
 	says(t, run(t.Context(), []string{"cat", "no/pod"}), `"no/pod" is not captured here`)
 	says(t, run(t.Context(), []string{"live", "no/pod"}), `"no/pod" is not captured here`)
 	t.Setenv("NODE_NAME", "")
@@ -318,9 +321,11 @@ func TestTrouble(t *testing.T) {
 	each(t, map[string]test{
 		"200, then closed": {fault: fault{code: 200}, says: "EOF"},
 		"502 of a proxy":   {fault: fault{code: 502, body: "<html>"}, says: "502 Bad Gateway: no Status"},
-		"lost":             {fault: fault{err: syscall.ECONNRESET}, says: "connection reset"},
-		"wait of -100 s":   {fault: fault{code: 429, retryAfter: "-100"}, says: "429 Too Many Requests: so"},
-		"wait of years":    {fault: fault{code: 429, retryAfter: "9999999999"}, says: "429", extra: time.Minute},
+		"more than 64 KiB": {fault: fault{code: 502, body: `{"message":"` + strings.Repeat("x", 64<<10) + `"}`},
+			says: "502 Bad Gateway: no Status"},
+		"lost":           {fault: fault{err: syscall.ECONNRESET}, says: "connection reset"},
+		"wait of -100 s": {fault: fault{code: 429, retryAfter: "-100"}, says: "429 Too Many Requests: so"},
+		"wait of years":  {fault: fault{code: 429, retryAfter: "9999999999"}, says: "429", extra: time.Minute},
 	}, func(w *world, test test) {
 		for outage := range 2 {
 			w.marked()
@@ -405,6 +410,12 @@ func TestWaiting(t *testing.T) {
 			started, waiting+": its file name: an earlier capture has not ended yet")
 		w.lose(web)
 		w.after(time.Second, files{"web": 2, "db": 3, "web_1b2c3d4e": 1}, stopped, started)
+
+		one, other := podNamed("one", "1", "1"), podNamed("one", "2", "1")
+		other.namespace = "other"
+		w.born(54, one)
+		w.born(55, other)
+		w.after(time.Second, files{"web": 2, "db": 3, "web_1b2c3d4e": 1, "one": 1, "one_2": 1}, started, started)
 	})
 }
 
@@ -507,6 +518,18 @@ func TestRestarts(t *testing.T) {
 		}
 		n := w.kids.started() - before
 		is(t, "it is started again in 10 minutes 5 to 13 times", n >= 5 && n <= 13, true)
+	})
+}
+
+// A tcpdump that had to be killed can't say how many packets it has written.
+func TestKilled(t *testing.T) {
+	simulate(t, 0, func(w *world) {
+		w.kids.behave(behaviour{deaf: true})
+		w.born(50, web)
+		w.told(started)
+		w.lose(web)
+		w.after(termGrace, nil, stopped+
+			": Stopped: an unknown number of packets captured; its files (300 bytes) are deleted")
 	})
 }
 
@@ -733,6 +756,16 @@ func TestOldestProcess(t *testing.T) {
 	}
 }
 
+// A process that ends while it is looked at counts no more, whatever of it has gone already.
+func TestEndedProcess(t *testing.T) {
+	for file, net := range map[string]string{"stat": uidA, "net": uidA, "ns/net": uidA, "root": host} {
+		proc := newProc(t)
+		proc.joins(50, web.uid, net)
+		must(t, os.Remove(proc.dir+"/50/"+file))
+		is(t, "network without "+file, networkOf(t, proc, web), "")
+	}
+}
+
 // A process may end, and its PID become another pod's, which is never captured.
 func TestReusedPID(t *testing.T) {
 	proc := newProc(t)
@@ -952,6 +985,9 @@ func TestCat(t *testing.T) {
 	}{
 		"empty": {files: contents{"": pcap()}, want: pcap(), says: "0 packets, 24 bytes\n"},
 		"one":   {files: contents{"": pcap(1)}, want: pcap(1), says: "1 packet, 51 bytes\n"},
+		"no bytes in the last": {files: contents{"": append(pcap(1), make([]byte, packetHeader)...)},
+			want: append(pcap(1), make([]byte, packetHeader)...), says: "2 packets, 67 bytes\n"},
+		"cut": {files: contents{"": pcap(1, 2)[:77]}, want: pcap(1), says: "1 packet, 51 bytes\n"},
 		"turned": {files: contents{"0": pcap(), "1": pcap()[:23], "2": pcap(4), "3": pcap(3), "4": pcap(0, 2)},
 			want: pcap(0, 2, 3, 4), says: "4 packets, 132 bytes\n"},
 		"equal": {files: contents{"0": pcap(5, 6), "1": pcap(5)},
@@ -992,5 +1028,7 @@ func TestCat(t *testing.T) {
 		is(t, name+": written", out.String()+said.String(), "")
 	}
 	says(t, cat(root, "ns2/db", io.Discard, io.Discard), "ns2/db has no file to read now")
+	root = writeFiles(t, contents{"": pcap()[:23]})
+	says(t, cat(root, "default/web", io.Discard, io.Discard), "default/web has no file to read now")
 	says(t, live(t.Context(), root, "default/web"), "no tcpdump is capturing default/web now")
 }
