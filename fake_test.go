@@ -650,7 +650,7 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 		a.api, a.start, a.ready = api, w.kids.start, func() { w.delivered.Add(1) }
 		defer slog.SetDefault(slog.Default())
 		slog.SetDefault(slog.New(slog.NewTextHandler(&w.log, nil)))
-		w.program.Go(func() { must(t, a.run(ctx)) })
+		w.program.Go(func() { is(t, "the program's error", a.run(ctx), nil) })
 		synctest.Wait()
 		story(w)
 
@@ -666,7 +666,7 @@ func simulate(t *testing.T, limit int, story func(w *world)) {
 	})
 }
 
-// newPodWatch is what run makes, for a test that stands where the watch is.
+// newPodWatch makes what run makes, for a test that takes the watch's place.
 func newPodWatch(t testing.TB, a *agent) *podWatch {
 	var err error
 	a.cgroups, err = newCgroups(a.proc)
@@ -674,7 +674,7 @@ func newPodWatch(t testing.TB, a *agent) *podWatch {
 	return &podWatch{agent: a, captures: map[string]*capture{}, version: anyVersion}
 }
 
-// testAgent is a node with a service account that can be read.
+// testAgent is the program on node-1, with a service account that can be read.
 func testAgent(t testing.TB, proc, root string) *agent {
 	environment := map[string]string{"NODE_NAME": "node-1", "DISK_FREE": "0",
 		"KUBERNETES_SERVICE_HOST": "kubernetes.test", "KUBERNETES_SERVICE_PORT": "443"}

@@ -12,7 +12,7 @@
 //	tcpdump.antrea.io/filter="tcp port 80"   a pcap filter; default: every packet
 //	tcpdump.antrea.io/interface="lo"         an interface, or any; default: eth0 (hostNetwork: any)
 //
-// Events on the pod say what happens, and /captures has a link to each captured pod's files. Two
+// Events on the pod say what happens, and a link in /captures names each captured pod's files. Two
 // commands in the container read a capture:
 //
 //	packetcapture cat default/web    writes its files to stdout as one pcap
@@ -91,7 +91,7 @@ const (
 )
 
 var (
-	// Jitter up to doubles a pause: the longest are 30 s, as in client-go, and 5 min, as in the kubelet.
+	// Jitter can double a pause: the longest are 30 s, as in client-go, and 5 min, as in the kubelet.
 	requestBackoff = backoff{pause: 800 * time.Millisecond, most: 15 * time.Second}
 	tcpdumpBackoff = backoff{pause: 200 * time.Millisecond, most: 150 * time.Second}
 
@@ -242,8 +242,8 @@ func (w *podWatch) follow(ctx context.Context) {
 		switch status, _ := err.(statusError); {
 		case (status.Code == http.StatusGone && before != anyVersion) ||
 			(worked && err == io.EOF && w.version == before):
-			// The server's history begins later: from anyVersion at once, but not without end. Or not even
-			// a bookmark came: a restored etcd may be older.
+			// Too old a version: from anyVersion at once, but with a pause if that fails, too. Or not even a
+			// bookmark came: after a restore, etcd's versions may be lower than ours.
 			w.version = anyVersion
 		case worked && err == io.EOF: // at its time limit: it watches again at once
 		case ctx.Err() == nil:
@@ -324,7 +324,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 		c = &capture{agent: w.agent, pod: p, stop: func(error) {}, turn: make(chan struct{}, 1)}
 		w.captures[p.uid] = c
 	}
-	if asked == c.last { // something else of the pod has changed
+	if asked == c.last { // something else about the pod has changed
 		return
 	}
 	c.last = asked
@@ -386,7 +386,7 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, mustBe str
 
 // compile returns tcpdump's error about a filter. It runs in an empty network, to send no DNS queries.
 func (c *capture) compile(ctx context.Context, asked spec) error {
-	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked) // "" before the pod has started
+	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked) // mostly "" before the pod starts
 	linkType := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
 	_, err := c.agent.start(ctx, nil, "-y", linkType, "-d", "--", asked.filter).read(func(string) {})
 	return err
@@ -634,7 +634,7 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 		case strings.Contains(strings.ToLower(line), "warning: "):
 			warning = cmp.Or(warning, cut(line))
 		case (strings.HasPrefix(line, "tcpdump: ") || strings.HasPrefix(line, "nsenter: ")) &&
-			!strings.Contains(line, "data link type "): // that is information, no complaint
+			!strings.Contains(line, "data link type "): // that is information, not a complaint
 			complaint = cut(line)
 		}
 	}
@@ -692,7 +692,7 @@ func (a *agent) isFull() bool {
 	return err == nil && free < max(fileBytes, total/100*a.diskFree)
 }
 
-// findFiles returns a capture's files and their bytes. Those of a pod named web.pcap0 are not web's.
+// findFiles returns a capture's files and their size. Those of a pod named web.pcap0 are not web's.
 func findFiles(stem string) (paths []string, size int64) {
 	if stem == "" {
 		return nil, 0
@@ -815,8 +815,8 @@ func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	return s, err == nil && hostErr == nil && !os.SameFile(root, hostRoot)
 }
 
-// straysOf returns the cgroups of a pod's containers that are outside its own. They are if only the
-// kubelet uses the systemd driver: the runtime names them "<slice>:cri-containerd:<container>".
+// straysOf returns the cgroups of a pod's containers that are outside its own. That is so if only
+// the kubelet uses the systemd driver: the runtime names them "<slice>:cri-containerd:<container>".
 func (g *cgroups) straysOf(slice string) []string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -901,7 +901,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 		switch code := status.Code; {
 		case err == nil, status.Reason == "AlreadyExists": // an earlier try has posted it
 			return
-		// 401, 409 (of a quota), 429 and 5xx may pass. 403 in a namespace that is being deleted does not.
+		// 401, 409 (a quota's), 429 and 5xx can be temporary. 403 in a namespace being deleted is not.
 		case code > 0 && code < 500 && code != 401 && code != 409 && code != 429, time.Since(at) >= eventTime:
 			slog.Warn("an Event was not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return

@@ -349,7 +349,7 @@ func TestTrouble(t *testing.T) {
 	})
 }
 
-// An invalid annotation starts and stops nothing. One Event says what was read, and what is accepted.
+// An invalid annotation starts and stops nothing. One Event says what was read, and what it must be.
 func TestMistakes(t *testing.T) {
 	const many = invalid + `: The annotation tcpdump.antrea.io is "many": it must be a plain decimal number ` +
 		"of files, from 1 to 5; it changes nothing"
@@ -368,6 +368,8 @@ func TestMistakes(t *testing.T) {
 		w.change(two.filtered("refused"), running) // something else has changed
 		w.change(two.filtered("a\nb"), running,
 			invalid+`: /filter is "a\nb": it must be a pcap filter, a line`)
+		w.change(two.filtered(strings.Repeat("x", 1025)), running,
+			invalid+`: is "`+strings.Repeat("x", 128)+`…": it must be a pcap filter, a line`)
 		w.change(two.on("a/b"), running, invalid+`: /interface is "a/b": it must be the name of a network`)
 		w.change(two, running, continued)
 		w.change(two.filtered("refused"), running, refused)
@@ -411,6 +413,7 @@ func TestWaiting(t *testing.T) {
 		w.lose(web)
 		w.after(time.Second, files{"web": 2, "db": 3, "web_1b2c3d4e": 1}, stopped, started)
 
+		// So has the second of two with one file each.
 		one, other := podNamed("one", "1", "1"), podNamed("one", "2", "1")
 		other.namespace = "other"
 		w.born(54, one)
@@ -638,8 +641,9 @@ func TestRoom(t *testing.T) {
 	one := &capture{agent: node, pod: web.pod, spec: spec{files: 3}}
 	is(t, "missing", one.takeRoom(), "")
 	one.captured = true
-	_, _, accepted := one.check(t.Context(), spec{value: "9", files: 9})
-	is(t, "missing", accepted+one.takeRoom(), "")
+	_, _, mustBe := one.check(t.Context(), spec{value: "9", files: 9})
+	is(t, "what it must be", mustBe, "")
+	is(t, "missing", one.takeRoom(), "")
 	is(t, "room", node.rooms[one.stem], 9)
 }
 
@@ -756,13 +760,14 @@ func TestOldestProcess(t *testing.T) {
 	}
 }
 
-// A process that ends while it is looked at counts no more, whatever of it has gone already.
+// A process that ends while it is looked at no longer counts, whichever of its files has gone already.
 func TestEndedProcess(t *testing.T) {
 	for file, net := range map[string]string{"stat": uidA, "net": uidA, "ns/net": uidA, "root": host} {
 		proc := newProc(t)
 		proc.joins(50, web.uid, net)
+		proc.joins(51, web.uid, "later")
 		must(t, os.Remove(proc.dir+"/50/"+file))
-		is(t, "network without "+file, networkOf(t, proc, web), "")
+		is(t, "network without "+file, networkOf(t, proc, web), "later")
 	}
 }
 
@@ -985,9 +990,9 @@ func TestCat(t *testing.T) {
 	}{
 		"empty": {files: contents{"": pcap()}, want: pcap(), says: "0 packets, 24 bytes\n"},
 		"one":   {files: contents{"": pcap(1)}, want: pcap(1), says: "1 packet, 51 bytes\n"},
-		"no bytes in the last": {files: contents{"": append(pcap(1), make([]byte, packetHeader)...)},
+		"the last has no bytes": {files: contents{"": append(pcap(1), make([]byte, packetHeader)...)},
 			want: append(pcap(1), make([]byte, packetHeader)...), says: "2 packets, 67 bytes\n"},
-		"cut": {files: contents{"": pcap(1, 2)[:77]}, want: pcap(1), says: "1 packet, 51 bytes\n"},
+		"the last is cut": {files: contents{"": pcap(1, 2)[:77]}, want: pcap(1), says: "1 packet, 51 bytes\n"},
 		"turned": {files: contents{"0": pcap(), "1": pcap()[:23], "2": pcap(4), "3": pcap(3), "4": pcap(0, 2)},
 			want: pcap(0, 2, 3, 4), says: "4 packets, 132 bytes\n"},
 		"equal": {files: contents{"0": pcap(5, 6), "1": pcap(5)},

@@ -151,7 +151,7 @@ func (w *walker) boot() {
 	ctx, end := context.WithCancel(context.Background())
 	w.end = end
 	w.program.Go(func() {
-		must(w, a.run(ctx))
+		is(w, "the program's error", a.run(ctx), nil)
 		hasEnded.Store(true)
 	})
 }
@@ -582,10 +582,10 @@ func FuzzAnnotations(f *testing.F) {
 			var e event
 			e.Object.Metadata.Annotations = map[string]string{annotation: "5", name: text}
 			p, asked := e.pod()
-			key, value, accepted := (&capture{agent: w.agent, pod: p}).check(t.Context(), asked)
-			told := fmt.Sprintf("%s %q %s", key, cut(value), accepted) // as apply tells it
+			key, value, mustBe := (&capture{agent: w.agent, pod: p}).check(t.Context(), asked)
+			told := fmt.Sprintf("%s %q %s", key, cut(value), mustBe) // what apply puts into its Event
 			isText := len(told) <= 1000 && utf8.ValidString(told) && !strings.ContainsFunc(told, isControl)
-			if (accepted == "") != isValid || !isText {
+			if (mustBe == "") != isValid || !isText {
 				t.Errorf("%s=%q is valid: %v; refused with %q", name, text, isValid, told)
 			}
 		}

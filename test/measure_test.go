@@ -282,7 +282,7 @@ func (m *measurement) one(raw chan rawEvent) {
 				i := slices.Index(words, option)
 				words = slices.Delete(words, i, i+2)
 			}
-			m.arguments, _, _ = strings.Cut(strings.Join(words[1:], " "), " -- ") // a filter follows
+			m.arguments, _, _ = strings.Cut(strings.Join(words[1:], " "), " -- ") // an empty filter follows
 		}
 
 		began = m.patch(m.namespace, "web", files("null"))
