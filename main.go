@@ -147,7 +147,7 @@ type agent struct {
 	roomLock sync.Mutex
 	rooms    map[string]int
 
-	// queueLock guards each capture's told, and queues: the Events to post, by namespace.
+	// queueLock guards each capture's told, and queues: one per namespace, since its webhook may be slow.
 	queueLock sync.Mutex
 	queues    map[string][]func()
 }
@@ -292,8 +292,8 @@ func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*captur
 		return e.Object.statusError
 	case version == "":
 		return errors.New("an event has no resourceVersion")
-	case e.Type == "DELETED" || !asked.annotated: // a bookmark has no UID: nothing is forgotten
-		w.forget(p.uid)
+	case e.Type == "DELETED" || !asked.annotated || strings.Trim(p.uid, "abcdef-"+digits) != "":
+		w.forget(p.uid) // nothing for a bookmark, which has no UID. Only a UID may become a path.
 	default:
 		w.apply(ctx, p, asked)
 	}

@@ -413,7 +413,7 @@ func TestWaiting(t *testing.T) {
 		w.lose(web)
 		w.after(time.Second, files{"web": 2, "db": 3, "web_1b2c3d4e": 1}, stopped, started)
 
-		// So has the second of two with one file each.
+		// With N=1, too, two pods of one name have a file each.
 		one, other := podNamed("one", "1", "1"), podNamed("one", "2", "1")
 		other.namespace = "other"
 		w.born(54, one)
@@ -725,6 +725,14 @@ func TestCgroupNames(t *testing.T) {
 		e.Object.Metadata.Annotations = map[string]string{"kubernetes.io/config.mirror": hash}
 		p, _ := e.pod()
 		is(t, fmt.Sprintf("the kubelet's UID with the hash %q", hash), p.kubeletUID, uidB)
+	}
+	for _, uid := range []string{"..", "cafe/", "/cafe", "*"} {
+		w := fuzzed(t, nil)
+		var e event
+		e.Type, e.Object.Metadata.UID, e.Object.Metadata.ResourceVersion = "MODIFIED", uid, "1"
+		e.Object.Metadata.Annotations = map[string]string{annotation: "1"}
+		must(t, w.next(t.Context(), &e, nil))
+		is(t, fmt.Sprintf("captures of the UID %q", uid), len(w.captures), 0)
 	}
 }
 
