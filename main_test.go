@@ -726,8 +726,9 @@ func TestCgroupNames(t *testing.T) {
 		p, _ := e.pod()
 		is(t, fmt.Sprintf("the kubelet's UID with the hash %q", hash), p.kubeletUID, uidB)
 	}
+	away := func(*http.Request) (*http.Response, error) { return nil, io.EOF }
 	for _, uid := range []string{"..", "cafe/", "/cafe", "*"} {
-		w := fuzzed(t, nil)
+		w := fuzzed(t, away)
 		var e event
 		e.Type, e.Object.Metadata.UID, e.Object.Metadata.ResourceVersion = "MODIFIED", uid, "1"
 		e.Object.Metadata.Annotations = map[string]string{annotation: "1"}
