@@ -432,6 +432,8 @@ func (c *capture) run(ctx context.Context, asked spec) {
 		// If the network is gone, await reports it. If there is a new one, it is captured at once.
 		switch now := c.agent.cgroups.find(c.pod, s); {
 		case ctx.Err() != nil:
+		case errors.Is(err, os.ErrNotExist): // the process has just ended, as those that start a pod do
+			sleep(ctx, birthPoll)
 		case err == errFull || now.network == s.network:
 			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
@@ -545,7 +547,7 @@ func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	// The PID may be another pod's by now: compare the name of what is open. (Fd of nil is harmless.)
 	if opened, _ := os.Readlink(fmt.Sprint("/proc/self/fd/", network.Fd())); opened != s.network {
 		network.Close()
-		return fmt.Errorf("can't open the pod's network: %w", cmp.Or(err, errors.New("its process is gone")))
+		return fmt.Errorf("can't open the pod's network: %w", cmp.Or(err, os.ErrNotExist))
 	}
 	running, stop := context.WithCancelCause(ctx)
 	defer stop(nil)

@@ -778,6 +778,17 @@ func TestEndedProcess(t *testing.T) {
 		must(t, os.Remove(proc.dir+"/50/"+file))
 		is(t, "network without "+file, networkOf(t, proc, web), "later")
 	}
+
+	// It may also end before its network is open. That is no failure: another process is looked for.
+	simulate(t, 0, func(w *world) {
+		w.proc.joins(50, web.uid, "first")
+		must(t, os.Remove(w.proc.dir+"/net-first/ns"))
+		w.see(web)
+		w.after(time.Second, nil)
+		w.proc.end(50)
+		w.proc.pod(51, web.uid)
+		w.after(birthPoll, files{"web": 3}, started)
+	})
 }
 
 // A process may end, and its PID become another pod's, which is never captured.
@@ -793,7 +804,7 @@ func TestReusedPID(t *testing.T) {
 	is(t, "the network that is found", now.network, s.network)
 
 	c := &capture{agent: &agent{proc: proc.dir}}
-	says(t, c.runTcpdump(t.Context(), s), "its process is gone")
+	says(t, c.runTcpdump(t.Context(), s), "the pod's network: file does not exist")
 	is(t, "files that are open", len(openIn(proc.dir)), 0)
 	proc.end(50)
 	says(t, c.runTcpdump(t.Context(), s), "/50/ns/net: no such file")

@@ -516,20 +516,22 @@ func (c *cluster) runtimeClass(name string) {
 	c.outer.Cleanup(func() { c.try("delete", "runtimeclass", name, "--ignore-not-found") })
 }
 
-// A pod is found whoever makes its cgroups, with or without a pause process, and in a user namespace.
+// A pod is found whoever makes its cgroups, with or without a pause process, and in a user namespace. Without a
+// pause process nothing is in the pod's network before its container, whose first packets may be missed.
 func (c *cluster) runtimes() {
 	c.runtimeClass("cgroupfs")
 	c.runtimeClass("nopause")
-	say := say("hello") + idle
-	c.create(c.manifest("cgroupfs", options{runtime: "cgroupfs", annotations: []string{"=1"}, command: say}),
-		c.manifest("nopause", options{runtime: "nopause", annotations: []string{"=1"}, command: say}),
-		c.manifest("users", options{hasOwnUsers: true, annotations: []string{"=1"}, command: say}))
+	once, again := say("hello")+idle, "while "+say("hello")+"do sleep 0.1; done"
+	c.create(c.manifest("cgroupfs", options{runtime: "cgroupfs", annotations: []string{"=1"}, command: once}),
+		c.manifest("nopause", options{runtime: "nopause", annotations: []string{"=1"}, command: again}),
+		c.manifest("users", options{hasOwnUsers: true, annotations: []string{"=1"}, command: once}))
 	c.exact("1 cgroupfs", "1 nopause", "1 users")
 	for _, name := range []string{"cgroupfs", "nopause", "users"} {
 		c.holds(name+".pcap", "hello")
 	}
 	c.kubectl("delete", "pod", "cgroupfs", "nopause", "users")
-	c.row("pods of a runtime with cgroupfs, without a pause process, with hostUsers: false", "captured from their first packet on", 0)
+	c.row("pods of a runtime with cgroupfs, with hostUsers: false", "captured from their first packet on", 0)
+	c.row("a pod without a pause process", "captured, maybe without its first packets", 0)
 }
 
 // A namespace in which no Event can be created, because its admission webhook hangs, does not hold up
