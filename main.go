@@ -766,10 +766,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 			break
 		}
 	}
-	if len(all) == 0 {
-		return s
-	}
-	if now, inPod := g.sandboxOf(last.pid); inPod && now.network == last.network {
+	if now, inPod := g.sandboxOf(last.pid); inPod && now.network == last.network && len(all) > 0 {
 		return now
 	}
 
