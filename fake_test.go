@@ -698,7 +698,7 @@ func podNamed(name, uid, value string) annotated {
 
 // stored is a pod as the API server has it. An annotation that is "" is not there.
 func (p annotated) stored() fakePod {
-	all := map[string]string{annotation: p.value, filterAnnotation: p.filter, interfaceAnnotation: p.iface}
+	all := map[string]string{annotation: p.value, filterKey: p.filter, interfaceKey: p.iface}
 	if p.kubeletUID != p.uid {
 		all["kubernetes.io/config.mirror"] = p.kubeletUID
 	}

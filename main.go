@@ -1,11 +1,11 @@
-// Packetcapture captures the packets of annotated pods with tcpdump. It runs as a DaemonSet in a
-// Kubernetes cluster, and each of its pods watches the pods of its own node. A pod that is annotated
+// Packetcapture captures the packets of annotated pods with tcpdump. It runs as a DaemonSet, and
+// each of its pods watches the pods of its own node. A pod that is annotated
 //
 //	kubectl annotate pod web tcpdump.antrea.io="5"
 //
-// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to /capture-web.pcap4, in
-// the packetcapture container of that node. A changed annotation starts the capture over. When the
-// annotation is removed or the pod is deleted, the capture stops and its files are deleted.
+// is captured into five rotating files of 1,000,000 bytes, /capture-web.pcap0 to
+// /capture-web.pcap4, in the packetcapture container of that node. A changed annotation starts the
+// capture over. When the annotation or the pod goes, the capture stops and its files are deleted.
 //
 // Two more annotations say what is captured:
 //
@@ -25,8 +25,8 @@
 //	DISK_FREE    percent of the disk that captures leave free; default: 15
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT   the API server; required, Kubernetes sets both
 //
-// (*podWatch).follow keeps a watch of the node's pods, (*podWatch).apply starts captures as annotations
-// ask, and (*capture).run is the life of one. These three are the program; the rest is detail.
+// (*podWatch).follow keeps a watch of the node's pods, (*podWatch).apply starts the captures that
+// annotations ask for, and (*capture).run is the life of one. All the rest is detail.
 package main
 
 import (
@@ -62,24 +62,24 @@ import (
 )
 
 const (
-	annotation          = "tcpdump.antrea.io"
-	filterAnnotation    = annotation + "/filter"
-	interfaceAnnotation = annotation + "/interface"
+	annotation   = "tcpdump.antrea.io"
+	filterKey    = annotation + "/filter"
+	interfaceKey = annotation + "/interface"
 	// anyVersion begins a watch with all pods, from the API server's cache.
 	anyVersion = "0"
 
 	// podInterface is the only name that containerd and CRI-O let a CNI give a pod's interface.
 	podInterface   = "eth0"
-	digits         = "0123456789"
+	digits, hex    = "0123456789", "0123456789abcdef"
 	interfaceChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ._-" + digits
 
 	// fileBytes is the largest size of a file. tcpdump begins the next file at 1,000,000 bytes (-C 1),
 	// but checks only before it writes a packet, which takes up to 262,144 bytes and a header of 16.
 	fileBytes = 1_000_000 + 262_144 + 16
-	// logBytes of DISK_LIMIT are for the container's log, of which the kubelet keeps 5 files of 10 MiB.
+	// logBytes of DISK_LIMIT are for the container's log: the kubelet keeps 5 files of 10 MiB.
 	logBytes = 64 << 20
 
-	// birthPoll is how often a capture looks at first: a pod's containers start 100 ms after its network.
+	// birthPoll is how often a capture looks at first: containers start 100 ms after the network.
 	birthPoll = 25 * time.Millisecond
 	// waitingTime is how long a capture waits before an Event says so. Most pods have started by then.
 	waitingTime = 3 * time.Second
@@ -147,7 +147,7 @@ type agent struct {
 	roomLock sync.Mutex
 	rooms    map[string]int
 
-	// queueLock guards each capture's told, and queues: one per namespace, since its webhook may be slow.
+	// queueLock guards each capture's told, and queues: one per namespace, as its webhook may hang.
 	queueLock sync.Mutex
 	queues    map[string][]func()
 }
@@ -156,7 +156,7 @@ type agent struct {
 func newAgent(getenv func(string) string) (a *agent, err error) {
 	for _, name := range []string{"NODE_NAME", "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"} {
 		if getenv(name) == "" {
-			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes should set it", name))
+			err = errors.Join(err, fmt.Errorf("%s is empty: daemonset.yaml or Kubernetes sets it", name))
 		}
 	}
 	number := func(name string, standard, least, most int64) int64 {
@@ -181,16 +181,16 @@ func newAgent(getenv func(string) string) (a *agent, err error) {
 	return a, err
 }
 
-// answerProbe lets the readiness probe connect. ReadTimeout closes connections that others leave open.
+// answerProbe lets the readiness probe connect. ReadTimeout closes what others leave open.
 var answerProbe = sync.OnceFunc(func() {
 	probe := &http.Server{Addr: ":8080", ReadTimeout: 5 * time.Second}
-	go func() { slog.Error("the readiness probe can't be answered", "error", probe.ListenAndServe()) }()
+	go func() { slog.Error("can't answer the readiness probe", "error", probe.ListenAndServe()) }()
 })
 
-// run captures until ctx ends. Then all captures have 4.5 s to end, side by side, and to post Events.
+// run captures until ctx ends. Then all captures have 4.5 s to end together and to post Events.
 func (a *agent) run(ctx context.Context) (err error) {
 	if a.cgroups, err = newCgroups(a.proc); err != nil {
-		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and the AppArmor profile Unconfined: %w", err)
+		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and appArmorProfile Unconfined: %w", err)
 	}
 	// A container starts with fresh files: the folder is there only if another program has made it.
 	if err = os.Mkdir(filepath.Join(a.root, "captures"), 0o755); err != nil {
@@ -210,7 +210,7 @@ func (a *agent) run(ctx context.Context) (err error) {
 // ---- Follow: a watch of the node's pods, and what their annotations ask for ----
 
 type pod struct {
-	// kubeletUID, by which the pod's cgroup and its Events are found, differs from uid in a static pod.
+	// kubeletUID names the pod's cgroup, and its Events. It differs from uid in a static pod.
 	namespace, name, uid, kubeletUID string
 }
 
@@ -226,8 +226,8 @@ type podWatch struct {
 	agent *agent
 	// captures is by UID, because a pod that is recreated under the same name is another pod.
 	captures map[string]*capture
-	// version is the resourceVersion of the last event, or anyVersion. complaint is the last error, or ""
-	// when all is well, so that it is logged once, and without digits: a port in it differs each time.
+	// version is the resourceVersion of the last event, or anyVersion. complaint is the last error, or
+	// "" when all is well, so that it is logged once. It has no digits: ports in it differ each time.
 	version, complaint string
 }
 
@@ -257,14 +257,14 @@ func (w *podWatch) follow(ctx context.Context) {
 	}
 }
 
-// watch applies events until the stream ends, with io.EOF at its time limit (random, so that nodes do
-// not ask in step). It has worked if it brought a version or lasted a second. If not, the pauses grow.
+// watch applies events until the stream ends, with io.EOF at its time limit (random, so that nodes
+// do not ask in step). It worked if it brought a version or lasted a second. If not, pauses grow.
 func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
-	limit := 300 + rand.IntN(301)
-	asking, cancel := context.WithTimeout(ctx, time.Duration(limit+30)*time.Second)
+	secs := 300 + rand.IntN(301)
+	asking, cancel := context.WithTimeout(ctx, time.Duration(secs+30)*time.Second)
 	defer cancel()
 	path := fmt.Sprintf("/api/v1/pods?fieldSelector=spec.nodeName%%3D%s&watch=true&resourceVersion=%s"+
-		"&allowWatchBookmarks=true&timeoutSeconds=%d", w.agent.nodeName, url.QueryEscape(w.version), limit)
+		"&allowWatchBookmarks=true&timeoutSeconds=%d", w.agent.nodeName, url.QueryEscape(w.version), secs)
 	onlyMetadata := "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 	body, err := w.agent.do(asking, "GET", path, onlyMetadata, "")
 	if err != nil {
@@ -274,7 +274,7 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 
 	began, before, unseen := time.Now(), w.version, maps.Clone(w.captures)
 	for decoder := json.NewDecoder(body); err == nil; {
-		var e event // a new one each time, because Decode keeps the old value of a field that an event lacks
+		var e event // a new one each time: Decode keeps the old value of a field that an event lacks
 		if err = decoder.Decode(&e); err == nil {
 			err = w.next(ctx, &e, unseen)
 		}
@@ -282,8 +282,8 @@ func (w *podWatch) watch(ctx context.Context) (worked bool, err error) {
 	return w.version != before || time.Since(began) >= time.Second, err
 }
 
-// next applies one event. From anyVersion a watch begins with all pods, in ADDED events. The first of
-// another type (a bookmark comes within a minute) ends this list and stops the captures in unseen.
+// next applies one event. From anyVersion a watch begins with all pods, in ADDED events. The first
+// of another type (a bookmark comes within a minute) ends the list, and the captures in unseen.
 func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*capture) error {
 	p, asked := e.pod()
 	version := e.Object.Metadata.ResourceVersion
@@ -292,7 +292,7 @@ func (w *podWatch) next(ctx context.Context, e *event, unseen map[string]*captur
 		return e.Object.statusError
 	case version == "":
 		return errors.New("an event has no resourceVersion")
-	case e.Type == "DELETED" || !asked.annotated || strings.Trim(p.uid, "abcdef-"+digits) != "":
+	case e.Type == "DELETED" || !asked.annotated || strings.Trim(p.uid, hex+"-") != "":
 		w.forget(p.uid) // nothing for a bookmark, which has no UID. Only a UID may become a path.
 	default:
 		w.apply(ctx, p, asked)
@@ -329,7 +329,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	}
 	c.last = asked
 	if asked == c.valid {
-		c.tell("Normal", "CaptureContinued", "The annotations are valid again, and the capture is as it was")
+		c.tell("Normal", "CaptureContinued", "The annotations are valid again; the capture is as it was")
 		return
 	}
 	switch key, value, mustBe := c.check(ctx, asked); {
@@ -352,22 +352,22 @@ func (w *podWatch) forget(uid string) {
 	delete(w.captures, uid)
 }
 
-// check returns an invalid annotation's key and value, and what it must be: "" if all are valid. Then
-// it has also reserved the room that a capture with files needs for more of them.
+// check returns an invalid annotation's key and value, and what it must be: "" if all are valid.
+// Then it has also reserved the room that a capture with files needs for more of them.
 func (c *capture) check(ctx context.Context, asked spec) (key, value, mustBe string) {
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	switch {
 	case n < 1 || n > limit || asked.value != strconv.Itoa(n): // tcpdump takes "5abc" for 5
 		return annotation, asked.value, fmt.Sprint("a plain decimal number of files, from 1 to ", limit)
 	case len(iface) > 15 || strings.HasPrefix(iface, "-") || strings.Trim(iface, interfaceChars) != "":
-		return interfaceAnnotation, iface, "the name of a network interface, or any, " +
+		return interfaceKey, iface, "the name of a network interface, or any, " +
 			"at most 15 characters of a-z A-Z 0-9 . _ -, not beginning with -"
 	// The watch waits while a filter is compiled: up to 0.15 s, but 9 s for one of 4,096 bytes.
 	case len(filter) > 1024 || strings.TrimFunc(filter, unicode.IsPrint) != "":
-		return filterAnnotation, filter, "a pcap filter, a line of printable text of at most 1024 bytes"
+		return filterKey, filter, "a pcap filter, a line of printable text of at most 1024 bytes"
 	case filter != "":
 		if err := c.compile(ctx, asked); err != nil {
-			return filterAnnotation, filter, fmt.Sprintf("a pcap filter with numeric hosts and ports (%v)", err)
+			return filterKey, filter, fmt.Sprintf("a pcap filter with numeric hosts and ports (%v)", err)
 		}
 	}
 
@@ -377,14 +377,14 @@ func (c *capture) check(ctx context.Context, asked spec) (key, value, mustBe str
 	case c.stem == "": // it has no files yet, and will wait for room
 	case n > free:
 		return annotation, asked.value, fmt.Sprintf(
-			"at most %d now, because other captures have the rest of this node's %d files", free, limit)
+			"at most %d now, because other captures have the rest of the node's %d files", free, limit)
 	default: // reserved now: the running capture must not stop only for the next one to wait
 		c.agent.rooms[c.stem] = max(n, c.agent.rooms[c.stem])
 	}
 	return "", "", ""
 }
 
-// compile returns tcpdump's error about a filter. It runs in an empty network, to send no DNS queries.
+// compile returns tcpdump's error about a filter. An empty network keeps it from asking DNS.
 func (c *capture) compile(ctx context.Context, asked spec) error {
 	device := c.agent.cgroups.find(c.pod, sandbox{}).device(asked) // mostly "" before the pod starts
 	linkType := map[bool]string{true: "LINUX_SLL2", false: "EN10MB"}[device == "any"]
@@ -410,13 +410,13 @@ type capture struct {
 	captured bool
 	counts   string
 
-	// stem is the path of the files without their digits, "" without room. It changes under roomLock, so
-	// that the watch can read it. link, in /captures, leads to it. told is the last message.
+	// stem is the path of the files without their digits, "" without room. It changes under roomLock,
+	// so that the watch can read it. link, in /captures, leads to it. told is the last message.
 	stem, link, told string
 }
 
-// run captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs it
-// again when it fails. When it returns, tcpdump has exited and the files are deleted.
+// run captures as the annotations ask until ctx ends: it waits for the pod, runs tcpdump, and runs
+// it again when it fails. When it returns, tcpdump has exited and the files are deleted.
 func (c *capture) run(ctx context.Context, asked spec) {
 	c.turn <- struct{}{}
 	defer func() { <-c.turn }()
@@ -435,7 +435,7 @@ func (c *capture) run(ctx context.Context, asked spec) {
 		case errors.Is(err, os.ErrNotExist): // the process has just ended, as those that start a pod do
 			sleep(ctx, birthPoll)
 		case err == errFull || now.network == s.network:
-			c.tell("Warning", "CaptureFailed", "%v; it is tried again, after pauses that grow to 5 minutes", err)
+			c.tell("Warning", "CaptureFailed", "%v; it is tried again, with pauses of up to 5 minutes", err)
 			sleep(ctx, retry.next(nil))
 		case now.network != "" && c.captured:
 			c.tell("Normal", "CaptureStopped", "Stopped: %s; the pod has a new network", c.counts)
@@ -457,7 +457,8 @@ func (c *capture) await(ctx context.Context) (s sandbox) {
 				c.tell("Normal", "CaptureStopped", "Stopped: %s; %s is gone; the files (%d bytes) stay until "+
 					"it is back, or the annotation or the pod goes", c.counts, what, size)
 			} else {
-				c.tell("Warning", "CaptureWaiting", "Waiting for %s; once it is there, the capture starts", missing)
+				c.tell("Warning", "CaptureWaiting",
+					"Waiting for %s; once it is there, the capture starts", missing)
 			}
 		}
 		// Until it has captured something, a capture that waits holds no room.
@@ -489,18 +490,18 @@ func (c *capture) look(last sandbox) (s sandbox, missing string) {
 	return s, c.takeRoom()
 }
 
-// clear deletes the files of a tcpdump that has exited, and gives up the room, the stem and the link.
-// A goroutine that is replaced leaves these three to the next one.
+// clear deletes the files of a tcpdump that has exited, and gives up the room, the stem and the
+// link. A goroutine that is replaced leaves these three to the next one.
 func (c *capture) clear(ctx context.Context) {
 	end := context.Cause(ctx) // asked once: it may become errReplaced meanwhile
-	paths, size := findFiles(c.stem)
+	paths, sum := findFiles(c.stem)
 	for _, path := range paths {
 		if err := os.Remove(path); err != nil {
 			slog.Error("a file can't be deleted", "error", err)
 		}
 	}
 	if c.captured {
-		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, size)
+		c.tell("Normal", "CaptureStopped", "Stopped: %s; its files (%d bytes) are deleted", c.counts, sum)
 	} else if end != nil && end != errReplaced {
 		c.tell("Normal", "CaptureStopped", "Stopped: nothing was captured")
 	}
@@ -516,9 +517,9 @@ func (c *capture) clear(ctx context.Context) {
 
 // tellStarted reports that tcpdump captures. Anything unusual makes the Event a Warning.
 func (c *capture) tellStarted(s sandbox, warning string) {
-	kind, more := "Normal", ""
+	kind, more := "Normal", "; the interface is "+s.device(c.spec)
 	if c.spec.filter != "" {
-		more = fmt.Sprintf("; the filter is %q", cut(c.spec.filter))
+		more += fmt.Sprintf("; the filter is %q", cut(c.spec.filter))
 	}
 	warn := func(isSo bool, text string) {
 		if isSo {
@@ -529,19 +530,19 @@ func (c *capture) tellStarted(s sandbox, warning string) {
 	warn(c.captured, "tcpdump started over at the first file, and the packets in that file are lost")
 	warn(warning != "", "tcpdump says: "+warning)
 	podName, _ := os.Hostname()
-	c.tell(kind, "CaptureStarted", "Capturing into %s* (N=%d, 1 MB each) in %s/%s; the interface is %s%s",
-		c.stem, c.spec.files, readFile(c.agent.account+"/namespace"), podName, s.device(c.spec), more)
+	c.tell(kind, "CaptureStarted", "Capturing into %s* (N=%d, 1 MB each) in %s/%s%s",
+		c.stem, c.spec.files, readFile(c.agent.account+"/namespace"), podName, more)
 }
 
 // ---- tcpdump: one run of it ----
 
-// runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns why
-// it ended. live uses the arguments after -w too, so -C and -W come before.
+// runTcpdump runs tcpdump once: until ctx ends, oversee stops it, or it ends by itself. It returns
+// why it ended. live uses the arguments after -w too, so -C and -W come before.
 //
-// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet as
-// it is read. -Z root keeps the right to create files in /, which the user tcpdump does not have. -p
-// leaves promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so that a
-// held-up tcpdump loses nothing (see make measure). After -- a filter, maybe "", can't be an option.
+// -C 1 is 1,000,000 bytes in every version; a unit is an error before 4.99.6. -U writes each packet
+// as it is read. -Z root keeps the right to create files in /, which the user tcpdump lacks. -p
+// leaves promiscuous mode off: only the pod's own packets count. -B 4096 is a ring of 4 MiB, so
+// that a held-up tcpdump loses nothing (see make measure). A filter after -- can't be an option.
 func (c *capture) runTcpdump(ctx context.Context, s sandbox) error {
 	network, err := os.Open(filepath.Join(c.agent.proc, s.pid, "ns/net"))
 	// The PID may be another pod's by now: compare the name of what is open. (Fd of nil is harmless.)
@@ -591,15 +592,15 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	}
 }
 
-// process is a tcpdump, started or not. Its owner reads stderr to its end and calls wait, as read does.
+// process is a tcpdump, started or not. Its owner reads all of stderr, then calls wait: see read.
 type process struct {
 	pid    string
 	stderr io.Reader
 	wait   func() error
 }
 
-// start starts tcpdump in a network (nil: a new, empty one). nsenter becomes tcpdump and keeps its PID.
-// When ctx ends, tcpdump gets SIGTERM, and after termGrace SIGKILL. If it can't start, wait says why.
+// start starts tcpdump in a network (nil: an empty one). nsenter becomes tcpdump and keeps its PID.
+// When ctx ends, tcpdump gets SIGTERM, after termGrace SIGKILL. If it can't start, wait says why.
 func start(ctx context.Context, network *os.File, arguments ...string) *process {
 	cmd := exec.CommandContext(ctx, "tcpdump", arguments...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
@@ -649,17 +650,17 @@ func (p *process) read(listening func(warning string)) (counts string, err error
 
 // ---- Files, and the room for them ----
 
-// takeRoom gives a capture its stem, its link and room for its files, or returns what is missing. If
-// another namespace's pod has the stem, "_" and a part of the UID make it unique: no name has a "_".
+// takeRoom gives a capture its stem, its link and room for its files, or returns what is missing.
+// If another namespace's pod has the stem, "_" and a part of the UID are added: no name has a "_".
 func (c *capture) takeRoom() (missing string) {
 	a, n := c.agent, c.spec.files
 	a.roomLock.Lock()
 	defer a.roomLock.Unlock()
 	switch free := c.free(); {
 	case a.isFull():
-		return fmt.Sprintf("disk space: %d %% of the disk and %d bytes must be free", a.diskFree, fileBytes)
+		return fmt.Sprintf("disk space: %d %% of it and %d bytes must be free", a.diskFree, fileBytes)
 	case n > free:
-		return fmt.Sprintf("room for N=%d: %d of this node's %d files are taken", n, a.limit-free, a.limit)
+		return fmt.Sprintf("room for N=%d: %d of the node's %d files are taken", n, a.limit-free, a.limit)
 	case c.captured: // it has its room, and its successor may have reserved more
 		return ""
 	case c.stem == "":
@@ -686,7 +687,7 @@ func (c *capture) free() int {
 	return free
 }
 
-// isFull reports whether too little disk is free. On a full disk tcpdump cuts files without an error.
+// isFull reports whether too little disk is free. On a full disk tcpdump cuts files silently.
 func (a *agent) isFull() bool {
 	var stat syscall.Statfs_t
 	err := syscall.Statfs(a.root, &stat)
@@ -710,12 +711,12 @@ func findFiles(stem string) (paths []string, size int64) {
 
 // ---- A pod's cgroup, its processes and its network ----
 
-// cgroups is the kernel's tree of cgroups. It shows whether a pod is on the node, and its processes.
+// cgroups is the kernel's tree of cgroups. It shows the pods on the node, and their processes.
 type cgroups struct {
-	// tree is the root of the cgroups (v1: of one hierarchy). classes, one per QoS class, hold the pods.
+	// tree is their root (v1: of one hierarchy). classes, one per QoS class, hold the pods.
 	proc, hostNet, tree string
 	classes             []string
-	// mu guards strays: the cgroups in system.slice when last listed. A pod's containers may be there.
+	// mu guards strays: the cgroups in system.slice when last listed. Containers may be there.
 	mu     sync.Mutex
 	strays []string
 	listed time.Time
@@ -726,20 +727,20 @@ type sandbox struct {
 	// network is "net:[4026532281]", say, which names a namespace as long as it exists.
 	network, pid string
 	interfaces   []string
-	// standard is the device that is captured unless an annotation names one: any in the host's network.
+	// standard is captured unless an annotation names a device: eth0, or any in the host's network.
 	standard string
 }
 
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
-// newCgroups finds the cgroup kubepods, a level deeper in kind. Of cgroup v1's hierarchies, systemd and
-// pids have the fewest files to walk through. If hostNet can't be read, nor can the cgroups.
+// newCgroups finds the cgroup kubepods, a level deeper in kind. Of cgroup v1's hierarchies, systemd
+// and pids have the fewest files to walk through. If hostNet can't be read, nor can the cgroups.
 func newCgroups(proc string) (*cgroups, error) {
 	hostNet, _ := os.Readlink(proc + "/1/ns/net")
 	root := proc + "/1/root/sys/fs/cgroup"
 	for _, tree := range []string{root + "/systemd", root + "/pids", root} {
-		for _, name := range []string{"/kubepods", "/*kubepods.slice", "/*/kubepods", "/*/*kubepods.slice"} {
-			if found, _ := filepath.Glob(tree + name); len(found) > 0 {
+		for _, name := range []string{"kubepods", "*kubepods.slice", "*/kubepods", "*/*kubepods.slice"} {
+			if found, _ := filepath.Glob(tree + "/" + name); len(found) > 0 {
 				classes := []string{below(found[0], "burstable"), below(found[0], "besteffort"), found[0]}
 				return &cgroups{proc: proc, hostNet: hostNet, tree: tree, classes: classes}, nil
 			}
@@ -756,9 +757,9 @@ func below(cgroup, name string) string {
 	return cgroup + "/" + name
 }
 
-// find returns a pod's network: last's, while last.pid (the pod's process or tcpdump) is still in it,
-// else that of the pod's oldest process, since later ones may be in others. It is empty if no process
-// has one, or the pod has no cgroup: the kubelet removes that 1 to 2 s after the last container's end.
+// find returns a pod's network: last's, while last.pid (the pod's process or tcpdump) is in it,
+// else that of the pod's oldest process, since later ones may be in others. It is empty if no
+// process has one, or the pod has no cgroup: the kubelet removes it 1 to 2 s after the end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {
@@ -779,7 +780,7 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	}
 	oldest := uint64(math.MaxUint64)
 	for pid := range strings.FieldsSeq(pids) {
-		// Its start, in clock ticks, is field 22: [19] after field 2, a command, which ends at the last ")".
+		// Its start, in clock ticks, is field 22: [19] after the command, which ends at the last ")".
 		stat := readFile(filepath.Join(g.proc, pid, "stat"))
 		fields := strings.Fields(stat[strings.LastIndex(stat, ")")+1:])
 		if now, inPod := g.sandboxOf(pid); inPod && len(fields) > 19 {
@@ -791,8 +792,8 @@ func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	return s
 }
 
-// sandboxOf returns the network of a process, and whether that is its pod's. gVisor's gofer has another
-// one, without eth0. A process with the host's network and files is the runtime's, not yet in the pod.
+// sandboxOf returns a process's network, and whether it is the pod's. gVisor's gofer has another
+// one, without eth0. A process with the host's network and files is the runtime's, not the pod's.
 func (g *cgroups) sandboxOf(pid string) (s sandbox, inPod bool) {
 	dir := filepath.Join(g.proc, pid)
 	network, err := os.Readlink(dir + "/ns/net")
@@ -865,7 +866,7 @@ func (c *capture) tell(kind, reason, format string, values ...any) {
 	}
 }
 
-// postAll posts a namespace's Events. Each stays queued while posted: tell starts no second goroutine.
+// postAll posts a namespace's Events. Each stays queued meanwhile: tell starts no second goroutine.
 func (a *agent) postAll(namespace string) {
 	a.queueLock.Lock()
 	defer a.queueLock.Unlock()
@@ -882,7 +883,7 @@ func (a *agent) postAll(namespace string) {
 func (c *capture) post(kind, reason, message string, at time.Time) {
 	type fields = map[string]any
 	a, p, when := c.agent, c.pod, at.UTC().Format(time.RFC3339)
-	// Event times are in whole seconds. kubectl lists Events of the same second by name, thus in order.
+	// Event times are whole seconds. kubectl lists Events of the same second by name, so in order.
 	name := fmt.Sprintf("packetcapture-%x-%.8s", at.UnixNano(), p.uid)
 	path := "/api/v1/namespaces/" + p.namespace + "/events"
 	body, _ := json.Marshal(fields{ // strings always encode
@@ -901,7 +902,7 @@ func (c *capture) post(kind, reason, message string, at time.Time) {
 		case err == nil, status.Reason == "AlreadyExists": // an earlier try has posted it
 			return
 		// 401, 409 (a quota's), 429 and 5xx can be temporary. 403 in a namespace being deleted is not.
-		case code > 0 && code < 500 && code != 401 && code != 409 && code != 429, time.Since(at) >= eventTime:
+		case code/100 == 4 && code != 401 && code != 409 && code != 429, time.Since(at) >= eventTime:
 			slog.Warn("an Event was not posted", "namespace", p.namespace, "pod", p.name, "error", err)
 			return
 		}
@@ -926,17 +927,17 @@ type event struct {
 func (e *event) pod() (p pod, asked spec) {
 	m := &e.Object.Metadata
 	p = pod{m.Namespace, m.Name, m.UID, m.UID}
-	// A static pod's cgroup is named by this hash. Users can set it, so only hex counts: no path, no UID.
-	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, "abcdef"+digits) == "" {
+	// This hash names a static pod's cgroup. Users can set it, so only hex counts: no path, no UID.
+	if hash := m.Annotations["kubernetes.io/config.mirror"]; strings.Trim(hash, hex) == "" {
 		p.kubeletUID = cmp.Or(hash, m.UID)
 	}
 	value, annotated := m.Annotations[annotation]
 	files, _ := strconv.Atoi(value)
-	filter := strings.TrimSpace(m.Annotations[filterAnnotation])
-	return p, spec{annotated, value, filter, m.Annotations[interfaceAnnotation], files}
+	filter := strings.TrimSpace(m.Annotations[filterKey])
+	return p, spec{annotated, value, filter, m.Annotations[interfaceKey], files}
 }
 
-// dial reads the CA bundle each time, since it may be replaced. If that fails, it uses the last one.
+// dial reads the CA bundle each time: it may be replaced. If that fails, it uses the last one.
 func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	roots := x509.NewCertPool()
 	if roots.AppendCertsFromPEM([]byte(readFile(a.account + "/ca.crt"))) {
@@ -950,7 +951,7 @@ func (a *agent) dial(ctx context.Context, network, address string) (net.Conn, er
 	return dialer.DialContext(ctx, network, address)
 }
 
-// do sends a request and returns the answer's body, which the caller closes. The token changes hourly.
+// do sends a request and returns the answer's body, for the caller to close. Tokens change hourly.
 func (a *agent) do(ctx context.Context, verb, path, as, body string) (io.ReadCloser, error) {
 	token, tokenErr := os.ReadFile(a.account + "/token")
 	request, err := http.NewRequestWithContext(ctx, verb, a.url+path, strings.NewReader(body))
@@ -1004,9 +1005,9 @@ func findCapture(root, name string) (stem string, err error) {
 // Sizes in bytes. A packet's header has its time (8), its captured length and its full length.
 const pcapHeader, packetHeader, head = 24, 16, pcapHeader + packetHeader
 
-// cat writes the files of a capture as one pcap, the oldest one first. A file whose head (its header
-// and its first packet's) changes meanwhile is being overwritten, and is left out. It prints to stderr
-// how much it wrote, because kubectl exec may cut the output to a slow reader and still exit with 0.
+// cat writes the files of a capture as one pcap, the oldest one first. A file whose head (its
+// header and its first packet's) changes meanwhile is being overwritten, and is left out. It tells
+// stderr how much it wrote, as kubectl exec may cut the output to a slow reader and exit with 0.
 func cat(root, name string, stdout, stderr io.Writer) error {
 	stem, err := findCapture(root, name)
 	if err != nil {
@@ -1084,15 +1085,15 @@ func live(ctx context.Context, root, name string) error {
 
 	tcpdump := start(running, network, append([]string{"--immediate-mode", "-w", "-"}, options...)...)
 	io.Copy(os.Stderr, tcpdump.stderr) // it says how many packets were dropped
-	err = tcpdump.wait()
+	exit := cmp.Or(tcpdump.wait(), errors.New("exit status 0"))
 	if cause := context.Cause(running); ctx.Err() == nil && cause != context.Canceled {
-		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", cmp.Or(err, errors.New("exit status 0"))))
+		return cmp.Or(cause, fmt.Errorf("tcpdump has ended (%v)", exit))
 	}
 	return nil
 }
 
-// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its options
-// after -w <stem>. It looks only at this container's processes: others can imitate one.
+// findTcpdump returns the folder in /proc of the tcpdump that writes a capture's files, and its
+// options after -w <stem>. It looks only at this container's processes: others can imitate one.
 func findTcpdump(stem string) (dir string, options []string) {
 	ours, _ := os.Readlink("/proc/self/ns/mnt")
 	all, _ := filepath.Glob("/proc/[1-9]*")
@@ -1111,7 +1112,7 @@ func findTcpdump(stem string) (dir string, options []string) {
 // backoff holds the shortest next pause, which doubles with each failure, up to most.
 type backoff struct{ pause, most time.Duration }
 
-// next returns a pause with jitter, so that nodes do not retry in step, plus the server's Retry-After.
+// next returns a pause with jitter, so that nodes do not retry in step, plus Retry-After.
 func (b *backoff) next(err error) time.Duration {
 	wait := b.pause + rand.N(b.pause)
 	b.pause = min(2*b.pause, b.most)
@@ -1136,7 +1137,7 @@ func cut(text string) string {
 
 func readFile(path string) string { return readStart(path, math.MaxInt64) }
 
-// readStart returns a file's first bytes or "". os.Open would double the system calls, for Go's poller.
+// readStart returns a file's first bytes or "". os.Open would double the system calls.
 func readStart(path string, size int64) string {
 	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {

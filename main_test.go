@@ -172,8 +172,8 @@ func TestStart(t *testing.T) {
 	proc.make("/user.slice")
 	says(t, begin(proc.dir, t.TempDir()), "no cgroup kubepods is in "+proc.dir+
 		"/1/root/sys/fs/cgroup, nor in systemd or pids")
-	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and the AppArmor "+
-		"profile Unconfined: no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
+	says(t, begin("/none", t.TempDir()), "this needs hostPID, CAP_SYS_PTRACE and "+
+		"appArmorProfile Unconfined: no cgroup kubepods is in /none/1/root/sys/fs/cgroup")
 	for _, arguments := range [][]string{{"help"}, {"dog", "no/pod"}, {"cat"}, {"live", "no/pod", "x"}} {
 		says(t, run(t.Context(), arguments),
 			fmt.Sprintf("can't run %q: use cat or live with <namespace>/<pod>", arguments))
@@ -434,7 +434,7 @@ func TestFinishedPod(t *testing.T) {
 		w.finishes(web)
 		w.keptAfter(waitingTime-time.Second, started)
 		w.born(60, db.of("4"))
-		w.keptAfter(10*time.Minute, counted+gone, waiting+": room for N=4: 3 of this node's 5 files")
+		w.keptAfter(10*time.Minute, counted+gone, waiting+": room for N=4: 3 of the node's 5 files")
 		w.proc.joins(51, web.uid, "new")
 		w.after(time.Second, files{"web": 3}, again)
 		for i, net := range []string{"newer", "newest"} {
@@ -504,7 +504,7 @@ func TestRestarts(t *testing.T) {
 		w.kids.last().exit("", errKilled)
 		tries := []fakeRequest{{at: time.Now()}}
 		w.pass(time.Hour)
-		w.told(failed+": tcpdump has ended (signal: killed); it is tried again, after pauses that grow to 5 minutes",
+		w.told(failed+": tcpdump has ended (signal: killed); it is tried again, with pauses of up to 5 minutes",
 			failed+": tcpdump has ended (resource temporarily unavailable); it is tried again")
 		tries = append(tries, w.kids.attempts[2:]...)
 		is(t, "it is started again and again", len(tries) > 16, true)
@@ -622,14 +622,14 @@ func TestRoom(t *testing.T) {
 
 		w.change(a.of("3"), files{"a": 3, "c": 1}, stopped, started)
 		w.change(c.of(""), files{"a": 3}, stopped)
-		w.change(c.of("4"), files{"a": 3}, waiting+": 3 of this node's 5 files")
+		w.change(c.of("4"), files{"a": 3}, waiting+": 3 of the node's 5 files")
 		running = files{"a": 3, "b": 1}
 		w.change(b.of("1"), running, started)
 		w.change(a.of("5"), running, invalid+
-			`: is "5": it must be at most 4 now, because other captures have the rest of this node's 5`)
+			`: is "5": it must be at most 4 now, because other captures have the rest of the node's 5`)
 		w.change(a.of("3"), running, continued)
 		w.see(a.of("4")) // while its tcpdump stops, c asks for the last file
-		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of this node's 5 files")
+		w.change(c.of("1"), files{"a": 4, "b": 1}, stopped, started, waiting+": 5 of the node's 5 files")
 		w.see(a.of("1"))
 		w.pass(600 * time.Millisecond) // c has looked, and a's tcpdump has not ended
 		is(w, "c's link", readLink(w.root+"/captures/default_c"), "")
@@ -656,7 +656,7 @@ func TestDiskFull(t *testing.T) {
 		w.agent.root = link + "/../.."
 		must(t, os.Symlink("/proc/self/fd", link))
 		w.born(50, web)
-		w.after(time.Hour, nil, waiting+": disk space: 15 % of the disk and 1262160 bytes must be free")
+		w.after(time.Hour, nil, waiting+": disk space: 15 % of it and 1262160 bytes must be free")
 		must(t, os.Remove(link))
 		w.after(time.Second, files{"web": 3}, started)
 		must(t, os.Symlink("/proc/self/fd", link))

@@ -578,7 +578,7 @@ func FuzzAnnotations(f *testing.F) {
 		filter := strings.TrimSpace(text)
 		isFilter := len(filter) <= 1024 && !strings.ContainsFunc(filter, isControl)
 		for name, isValid := range map[string]bool{annotation: number.MatchString(text),
-			interfaceAnnotation: iface.MatchString(text), filterAnnotation: isFilter} {
+			interfaceKey: iface.MatchString(text), filterKey: isFilter} {
 			var e event
 			e.Object.Metadata.Annotations = map[string]string{annotation: "5", name: text}
 			p, asked := e.pod()
