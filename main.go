@@ -95,7 +95,7 @@ var (
 	requestBackoff = backoff{pause: 800 * time.Millisecond, most: 15 * time.Second}
 	tcpdumpBackoff = backoff{pause: 200 * time.Millisecond, most: 150 * time.Second}
 
-	errFull     = errors.New("the disk is full: the last packets of the files may be cut")
+	errFull     = errors.New("too little disk is free: the last packets of the files may be cut")
 	errReplaced = errors.New("replaced") // the next goroutine keeps the room, stem and link
 )
 
@@ -147,7 +147,7 @@ type agent struct {
 	roomLock sync.Mutex
 	rooms    map[string]int
 
-	// queueLock guards each capture's told, and queues: one per namespace, as its webhook may hang.
+	// queueLock guards each capture's told, and queues: one per namespace, as a webhook may hang.
 	queueLock sync.Mutex
 	queues    map[string][]func()
 }
@@ -187,7 +187,7 @@ var answerProbe = sync.OnceFunc(func() {
 	go func() { slog.Error("can't answer the readiness probe", "error", probe.ListenAndServe()) }()
 })
 
-// run captures until ctx ends. Then all captures have 4.5 s to end together and to post Events.
+// run captures until ctx ends. Then the captures have 4.5 s in all to end and to post Events.
 func (a *agent) run(ctx context.Context) (err error) {
 	if a.cgroups, err = newCgroups(a.proc); err != nil {
 		return fmt.Errorf("this needs hostPID, CAP_SYS_PTRACE and appArmorProfile Unconfined: %w", err)
@@ -335,7 +335,7 @@ func (w *podWatch) apply(ctx context.Context, p pod, asked spec) {
 	switch key, value, mustBe := c.check(ctx, asked); {
 	case ctx.Err() != nil: // the program ends, which may have interrupted the check of the filter
 	case mustBe != "":
-		c.tell("Warning", "CaptureInvalid", "The annotation %s is %q: it must be %s; it changes nothing",
+		c.tell("Warning", "CaptureInvalid", "The annotation %s is %q: it must be %s; nothing changes",
 			key, cut(value), mustBe)
 	default:
 		c.stop(errReplaced)
@@ -352,8 +352,8 @@ func (w *podWatch) forget(uid string) {
 	delete(w.captures, uid)
 }
 
-// check returns an invalid annotation's key and value, and what it must be: "" if all are valid.
-// Then it has also reserved the room that a capture with files needs for more of them.
+// check returns an invalid annotation's key and value, and what it must be. If all are valid, that
+// is "", and a capture that has files has got the room for more of them.
 func (c *capture) check(ctx context.Context, asked spec) (key, value, mustBe string) {
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	switch {
@@ -577,7 +577,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
 		now := c.agent.cgroups.find(c.pod, s).network
-		// When a container of CRI-O has crashed, tcpdump may be the only process in the pod's network.
+		// Under CRI-O, tcpdump may be alone in the pod's network after its container has crashed.
 		if now == "" {
 			now = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: pid}).network
 		}
@@ -586,7 +586,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 			stop(errFull)
 		case now == s.network:
 			hadNetwork = time.Now()
-		case now != "", time.Since(hadNetwork) >= 3*time.Second: // tcpdump reads its ring once a second
+		case now != "", time.Since(hadNetwork) >= 3*time.Second: // tcpdump may still read its ring
 			stop(errors.New("the pod's network has gone or changed"))
 		}
 	}
@@ -621,8 +621,8 @@ func start(ctx context.Context, network *os.File, arguments ...string) *process 
 	return &process{strconv.Itoa(cmd.Process.Pid), stderr, cmd.Wait}
 }
 
-// read reads stderr until tcpdump ends. When tcpdump begins to capture, it calls listening with the
-// first warning or "". It returns the counts and, if tcpdump failed, its complaint or status.
+// read reads stderr until tcpdump ends. It calls listening, with the first warning or "", when
+// tcpdump begins to capture. It returns the counts and, if tcpdump failed, its complaint or status.
 func (p *process) read(listening func(warning string)) (counts string, err error) {
 	warning, complaint := "", ""
 	for lines := bufio.NewScanner(p.stderr); lines.Scan(); {
@@ -734,7 +734,7 @@ type sandbox struct {
 func (s sandbox) device(asked spec) string { return cmp.Or(asked.iface, s.standard) }
 
 // newCgroups finds the cgroup kubepods, a level deeper in kind. Of cgroup v1's hierarchies, systemd
-// and pids have the fewest files to walk through. If hostNet can't be read, nor can the cgroups.
+// and pids have the fewest files to walk through. If the cgroups can be read, so can hostNet.
 func newCgroups(proc string) (*cgroups, error) {
 	hostNet, _ := os.Readlink(proc + "/1/ns/net")
 	root := proc + "/1/root/sys/fs/cgroup"

@@ -352,9 +352,9 @@ func TestTrouble(t *testing.T) {
 // An invalid annotation starts and stops nothing. One Event says what was read, and what it must be.
 func TestMistakes(t *testing.T) {
 	const many = invalid + `: The annotation tcpdump.antrea.io is "many": it must be a plain decimal number ` +
-		"of files, from 1 to 5; it changes nothing"
+		"of files, from 1 to 5; nothing changes"
 	const refused = invalid + `: /filter is "refused": it must be a pcap filter with numeric hosts ` +
-		"and ports (tcpdump: can't parse filter expression: syntax error); it changes nothing"
+		"and ports (tcpdump: can't parse filter expression: syntax error); nothing changes"
 	simulate(t, 5, func(w *world) {
 		w.proc.pod(50, web.uid)
 		w.change(web.of("many"), nil, many)
@@ -660,7 +660,7 @@ func TestDiskFull(t *testing.T) {
 		must(t, os.Remove(link))
 		w.after(time.Second, files{"web": 3}, started)
 		must(t, os.Symlink("/proc/self/fd", link))
-		w.keptAfter(time.Hour, failed+": the disk is full", stopped+": the files (300 bytes) stay until")
+		w.keptAfter(time.Hour, failed+": too little disk is free", stopped+": the files (300 bytes) stay until")
 		must(t, os.Remove(link))
 		w.after(time.Second, files{"web": 3}, again)
 	})

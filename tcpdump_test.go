@@ -275,7 +275,7 @@ func TestFilter(t *testing.T) {
 	web.holds("", 0, 2, "this")
 
 	mistake := spec{value: "1", filter: "ether host 02:00:00:00:00:09", iface: "any"} // eth0 could have it
-	web.see(mistake, "CaptureInvalid", "it changes nothing")
+	web.see(mistake, "CaptureInvalid", "nothing changes")
 	web.say(web.pod, "this", 4001, 3, 3)
 	web.holds("", 0, 3, "this") // none is lost: tcpdump has not begun again
 	web.see(spec{value: "1", filter: "outbound and (ip protochain 17)"}, "CaptureStarted", "Kernel filter failed")
@@ -348,7 +348,7 @@ func TestFullDisk(t *testing.T) {
 			web.say(web.pod, "kept", 4000, 1, 20)
 			web.holds("", 1, 20, "kept")
 			web.bash("cat /dev/zero >$0/big || true", web.root)
-			web.told("CaptureFailed", "disk is full")
+			web.told("CaptureFailed", "too little disk is free")
 			web.holds("", 1, 20, "kept")
 			is(t, "PID", web.pid(), 0)
 			web.bash("rm $0/big", web.root)

@@ -170,7 +170,7 @@ func (c *cluster) mistakes() {
 	for _, mistake := range mistakes {
 		if key, value, _ := strings.Cut(mistake, "="); value != "3" && value != "udp" && value != "any" {
 			quoted := strconv.Quote(value)
-			c.told("web", "CaptureInvalid", "Warning", " "+annotation+key+" is "+quoted[:min(len(quoted)-1, 100)], "it changes nothing")
+			c.told("web", "CaptureInvalid", "Warning", " "+annotation+key+" is "+quoted[:min(len(quoted)-1, 100)], "nothing changes")
 		}
 	}
 	c.exact("3 web")
@@ -201,7 +201,7 @@ func (c *cluster) mistakes() {
 	})
 
 	c.annotate("web-2", "=05")
-	c.told("web-2", "CaptureInvalid", `"05"`, "it changes nothing")
+	c.told("web-2", "CaptureInvalid", `"05"`, "nothing changes")
 	c.exact("3 web")
 	c.row("a mistake in N, filter or interface, and back", "told each time, also that it is over; the capture goes on, same PID", 0)
 }
@@ -591,7 +591,7 @@ func (c *cluster) room() {
 
 	pid = c.pid("1000 web")
 	c.annotate("web", fmt.Sprint("=", free+1))
-	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "it changes nothing")
+	c.told("web", "CaptureInvalid", "Warning", fmt.Sprintf("%q", fmt.Sprint(free+1)), fmt.Sprintf(" %d ", free), "nothing changes")
 	c.exact("1000 web", "5 small")
 	if got := c.pid("1000 web"); got != pid {
 		c.Errorf("an N that there is no room for restarted the capture: PID %s, then %s", pid, got)
