@@ -60,6 +60,7 @@ type walker struct {
 	random *rand.Rand
 	pods   []*walkPod // all that there ever were
 	limit  int        // the number of files that the node may have
+	agent  *agent     // the last one
 	// told has by UID the reason of the last Event that this run of the program has tried to post.
 	told sync.Map
 	// token is the one that the API server takes, and hanging the namespace whose Events hang.
@@ -138,7 +139,7 @@ func (w *walker) boot() {
 		return
 	}
 	a := testAgent(w, w.proc.dir, w.root)
-	a.account, a.limit = w.api.account, w.limit
+	a.account, a.limit, w.agent = w.api.account, w.limit, a
 	var hasEnded atomic.Bool
 	a.api = transport(func(r *http.Request) (*http.Response, error) {
 		if hasEnded.Load() {
@@ -462,7 +463,7 @@ func (w *walker) quiet() {
 	w.api.remove("z", "last")
 	// What is to be stopped has ended then.
 	time.Sleep(termGrace + 100*time.Millisecond)
-	w.await(began, func() bool { return w.verdict() == nil })
+	w.await(began, func() bool { return w.verdict() == nil && w.hasTold() })
 	time.Sleep(w.millis(3000))
 	synctest.Wait()
 	if err := w.verdict(); err != nil {
@@ -479,6 +480,13 @@ func (w *walker) quiet() {
 		}
 		p.hasRoom, p.isNew = p.child != nil || p.hasFiles, false
 	}
+}
+
+// hasTold says whether all Events are posted but those that hang.
+func (w *walker) hasTold() bool {
+	defer lock(&w.agent.queueLock)()
+	hanging := min(1, len(w.agent.queues[w.hanging]))
+	return len(w.agent.queues) == hanging
 }
 
 // await waits until something is so, 7 minutes at most: tcpdump waits up to 5 if it has failed often.
