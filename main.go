@@ -353,7 +353,7 @@ func (w *podWatch) forget(uid string) {
 }
 
 // check returns an invalid annotation's key and value, and what it must be. If all are valid, that
-// is "", and a capture that has files has got the room for more of them.
+// is "", and a capture that has files has been given the room for more of them.
 func (c *capture) check(ctx context.Context, asked spec) (key, value, mustBe string) {
 	n, iface, filter, limit := asked.files, asked.iface, asked.filter, c.agent.limit
 	switch {
@@ -577,7 +577,7 @@ func (c *capture) oversee(running context.Context, stop func(error), s sandbox, 
 	hadNetwork := time.Now()
 	for sleep(running, time.Second); running.Err() == nil; sleep(running, time.Second) {
 		now := c.agent.cgroups.find(c.pod, s).network
-		// Under CRI-O, tcpdump may be alone in the pod's network after its container has crashed.
+		// Under CRI-O, tcpdump may be alone in the pod's network after a container has crashed.
 		if now == "" {
 			now = c.agent.cgroups.find(c.pod, sandbox{network: s.network, pid: pid}).network
 		}
@@ -711,7 +711,7 @@ func findFiles(stem string) (paths []string, size int64) {
 
 // ---- A pod's cgroup, its processes and its network ----
 
-// cgroups is the kernel's tree of cgroups. It shows the pods on the node, and their processes.
+// cgroups is the kernel's tree of cgroups. It shows the node's pods and their processes.
 type cgroups struct {
 	// tree is their root (v1: of one hierarchy). classes, one per QoS class, hold the pods.
 	proc, hostNet, tree string
@@ -759,7 +759,7 @@ func below(cgroup, name string) string {
 
 // find returns a pod's network: last's, while last.pid (the pod's process or tcpdump) is in it,
 // else that of the pod's oldest process, since later ones may be in others. It is empty if no
-// process has one, or the pod has no cgroup: the kubelet removes it 1 to 2 s after the end.
+// process has one, or the pod has no cgroup: the kubelet removes it 1 to 2 s after the pod's end.
 func (g *cgroups) find(p pod, last sandbox) (s sandbox) {
 	var all []string // the pod's cgroup and all below it
 	for _, class := range g.classes {

@@ -60,7 +60,6 @@ type walker struct {
 	random *rand.Rand
 	pods   []*walkPod // all that there ever were
 	limit  int        // the number of files that the node may have
-	agent  *agent     // the last one
 	// told has by UID the reason of the last Event that this run of the program has tried to post.
 	told sync.Map
 	// token is the one that the API server takes, and hanging the namespace whose Events hang.
@@ -485,8 +484,7 @@ func (w *walker) quiet() {
 // hasTold says whether all Events are posted but those that hang.
 func (w *walker) hasTold() bool {
 	defer lock(&w.agent.queueLock)()
-	hanging := min(1, len(w.agent.queues[w.hanging]))
-	return len(w.agent.queues) == hanging
+	return len(w.agent.queues) == min(1, len(w.agent.queues[w.hanging]))
 }
 
 // await waits until something is so, 7 minutes at most: tcpdump waits up to 5 if it has failed often.
