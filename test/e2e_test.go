@@ -642,18 +642,15 @@ func (c *cluster) numbers(data []byte) (numbers []int, gaps int) {
 	return numbers, gaps
 }
 
-// counted checks what cat says of what it wrote, and that each gap was told.
-func (c *cluster) counted(data []byte, said string) (numbers []int) {
+// counted checks what cat says of what it wrote, and returns how many gaps it did not tell.
+func (c *cluster) counted(data []byte, said string) (numbers []int, untold int) {
 	c.Helper()
 	numbers, gaps := c.numbers(data)
 	match := wrote.FindStringSubmatch(said)
 	if match == nil || match[1] != strconv.Itoa(len(numbers)) || match[2] != strconv.Itoa(len(data)) {
 		c.Errorf("cat wrote %d packets, %d bytes, and says: %s", len(numbers), len(data), said)
 	}
-	if told := strings.Count(said, "may be missing"); gaps > told {
-		c.Errorf("%d gaps, and %d are told: %s", gaps, told, said)
-	}
-	return numbers
+	return numbers, max(0, gaps-strings.Count(said, "may be missing"))
 }
 
 // flow has web send numbered packets of 1,400 bytes. What wait returns is the last number.
@@ -728,13 +725,16 @@ func (c *cluster) reading() {
 	c.exact("3 web")
 	_, wait := c.live(c.namespace + "/web")
 	last := c.flow(500, 5)() // 3.4 MB: over three rotations
-	var numbers []int
 	c.until(func() string {
 		data, said, err := c.packetcapture("cat", c.namespace+"/web")
 		if err != nil {
 			return err.Error()
 		}
-		if numbers = c.counted(data, said); len(numbers) == 0 || numbers[len(numbers)-1] != last {
+		numbers, untold := c.counted(data, said)
+		if untold > 0 {
+			c.Errorf("%d gaps are not told: %s", untold, said)
+		}
+		if len(numbers) == 0 || numbers[len(numbers)-1] != last {
 			return fmt.Sprintf("the last packet is %d, and not in %d", last, len(numbers))
 		}
 		return ""
@@ -825,16 +825,18 @@ func (c *cluster) anotherPods() {
 	c.row("a pod that is not captured, where another has its name", "`cat`, `live`, `make pcap` and `make live` give a sentence, no packet", 0)
 }
 
+// catFast: each packet that is missing is one that the kernel dropped, as it may on a busy machine, or cat tells it.
 func (c *cluster) catFast() {
 	c.annotate("web", "=3", "/filter=udp port 4444")
 	c.exact("3 web")
 	_, wait := c.live(c.namespace + "/web")
 	flow := c.flow(3600, 20)
-	tries := 0
+	tries, untold := 0, 0
 	for began := time.Now(); time.Since(began) < 20*time.Second; tries++ {
 		data, said, err := c.packetcapture("cat", c.namespace+"/web")
 		c.must(err)
-		numbers := c.counted(data, said)
+		numbers, gaps := c.counted(data, said)
+		untold = max(untold, gaps)
 		lines, err := c.pipe(string(data), "-n", "kube-system", "exec", "-i", c.capturePod(), "--", "tcpdump", "-Z", "root", "-nn", "-r", "-")
 		if count := strings.Count(lines, ".4444: UDP"); err != nil || count != len(numbers) {
 			c.Errorf("tcpdump reads %d of %d packets: %v", count, len(numbers), err)
@@ -844,9 +846,17 @@ func (c *cluster) catFast() {
 	c.annotate("web", "-")
 	data, _ := wait()
 	numbers, _ := c.numbers(data)
-	c.told("web", "CaptureStopped", "captured, 0 packets dropped by the kernel")
+	var captured, dropped int
+	c.told("web", "CaptureStopped")
+	for _, message := range c.events("web", "CaptureStopped") {
+		_, counts, _ := strings.Cut(message, "Stopped: ")
+		fmt.Sscanf(counts, "%d packets captured, %d packets", &captured, &dropped)
+	}
+	if captured+dropped != last || untold > dropped {
+		c.Errorf("of %d packets %d were captured and %d dropped; %d gaps of a cat were not told", last, captured, dropped, untold)
+	}
 	c.row(fmt.Sprintf("%d times `cat`, and `live`, while 5 MB/s rotate through 3 files for 20 s", tries),
-		fmt.Sprintf("each a whole pcap in order; `live` has %d of %d packets", len(numbers), last), 0)
+		fmt.Sprintf("each a whole pcap in order; the kernel dropped %d of %d packets; `live` has %d", dropped, last, len(numbers)), 0)
 }
 
 func (c *cluster) many() {
