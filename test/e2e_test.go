@@ -825,7 +825,7 @@ func (c *cluster) anotherPods() {
 	c.row("a pod that is not captured, where another has its name", "`cat`, `live`, `make pcap` and `make live` give a sentence, no packet", 0)
 }
 
-// catFast: each packet that is missing is one that the kernel dropped, as it may on a busy machine, or cat tells it.
+// catFast: a packet that is missing was dropped by the kernel, which happens on a busy machine, or cat tells of the gap.
 func (c *cluster) catFast() {
 	c.annotate("web", "=3", "/filter=udp port 4444")
 	c.exact("3 web")
@@ -843,7 +843,7 @@ func (c *cluster) catFast() {
 		}
 	}
 	last := flow()
-	sent := last // tcpdump reads what it is given up to a second later, so one more packet must follow
+	sent := last // tcpdump reads its ring once a second: it has read all when it has one that was sent later
 	c.until(func() string {
 		sent++
 		c.kubectl("exec", "web", "--", "bash", "-c", say(fmt.Sprintf("<%d>", sent)))
@@ -863,7 +863,7 @@ func (c *cluster) catFast() {
 		_, counts, _ := strings.Cut(message, "Stopped: ")
 		fmt.Sscanf(counts, "%d packets captured, %d packets", &captured, &dropped)
 	}
-	if all := captured + dropped; all < last || all > sent || untold > dropped {
+	if all := captured + dropped; all < last || all > sent || untold > dropped || dropped > sent/4 {
 		c.Errorf("of %d packets %d were captured and %d dropped; %d gaps of a cat were not told", sent, captured, dropped, untold)
 	}
 	c.row(fmt.Sprintf("%d times `cat`, and `live`, while 5 MB/s rotate through 3 files for 20 s", tries),
